@@ -1,0 +1,31 @@
+# Each target is sufficient on its own: it makes .venv, installs what it needs, and works.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test clean
+
+demo: .venv/demo.stamp
+	$(BIN)/python demo.py
+
+test: .venv/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+.venv/demo.stamp: requirements.txt
+	$(call install,requirements.txt)
+	touch $@
+
+.venv/test.stamp: requirements.txt requirements-dev.txt
+	$(call install,requirements-dev.txt)
+	touch .venv/demo.stamp $@
+
+clean:
+	rm -rf .venv demo_data saveDir
+
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement $(1)
+endef

@@ -1,0 +1,574 @@
+"""PyramidFlow: stem, Laplacian pyramid, invertible flow over the pyramid, latent template, anomaly map.
+
+    images (B,3,h,w) -> feature (B,C,H,W) -> pyramid of L levels, level i (B,C,H/2^i,W/2^i)
+        -> flow -> latent pyramid -> |latent - template|, composed, mean over channels
+        -> anomaly map (B,H,W)
+
+Sections below follow the data.  "Eq." and "Sec." refer to Lei et al., PyramidFlow, CVPR 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from autoFlow import CouplingModule, LogDets, SequentialNet, SequentialNF, Tensors
+
+ENCODERS = ("none", "resnet18", "resnet34")
+VOLUME_NORMS = ("CVN", "SVN", "none")
+RESNET_STRIDE = 4  # conv1 and maxpool each halve the image
+RESNET_CHANNELS = 64
+
+
+@dataclass(frozen=True)
+class PyramidFlowConfig:
+    """The architecture; travels inside every checkpoint.
+
+    Attributes:
+        encoder: "none" (fixed 1x1 convolution), "resnet18" or "resnet34" (stem up to layer1).
+        encoder_bn: "batch", the encoder's BatchNorm follows train()/eval(); "frozen", always eval.
+        num_level: L, levels of the pyramid.
+        num_stack: how often the schedule of coupling blocks is repeated.
+        num_channel: C with encoder "none"; 64 with an encoder whatever this says.
+        kernel_size: k of the two k x k convolutions in each coupling block, odd.
+        volume_norm: "CVN", "SVN" or "none".
+        image_size: (h, w) of the input images.
+        save_memory: backpropagate by inversion (SequentialNF) or plainly (SequentialNet).
+
+    Raises:
+        ValueError: a value is not possible; the message names the remedy.
+    """
+
+    encoder: str = "resnet18"
+    encoder_bn: str = "batch"
+    num_level: int = 4
+    num_stack: int = 4
+    num_channel: int = 16
+    kernel_size: int = 7
+    volume_norm: str = "CVN"
+    image_size: tuple[int, int] = (1024, 1024)
+    save_memory: bool = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "image_size", tuple(self.image_size))
+        if self.encoder not in ENCODERS:
+            raise ValueError(f"encoder {self.encoder!r} is not one of {', '.join(ENCODERS)}")
+        if self.volume_norm not in VOLUME_NORMS:
+            raise ValueError(f"volume norm {self.volume_norm!r} is not one of {', '.join(VOLUME_NORMS)}")
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel size {self.kernel_size} is not odd; try {self.kernel_size + 1}")
+        if self.num_level < 2 or self.num_stack < 1 or self.channels < 1:
+            raise ValueError("at least 2 levels, 1 stack and 1 channel are needed")
+        self._check_divisible()
+
+    def _check_divisible(self):
+        step = self.stride * 2 ** (self.num_level - 1)
+        bad = [n for n in self.image_size if n < 1 or n % step]
+        if bad:
+            below, above = bad[0] // step * step, -(-bad[0] // step) * step
+            nearest = " and ".join(str(n) for n in sorted({below, max(above, step)}) if n > 0)
+            raise ValueError(
+                f"image size {bad[0]} is not divisible by {step} ({self.num_level} levels, encoder "
+                f"{self.encoder}); the nearest sizes that work: {nearest}"
+            )
+
+    @property
+    def stride(self) -> int:
+        return 1 if self.encoder == "none" else RESNET_STRIDE
+
+    @property
+    def channels(self) -> int:
+        return self.num_channel if self.encoder == "none" else RESNET_CHANNELS
+
+    def level_size(self, level: int) -> tuple[int, int]:
+        height, width = self.image_size
+        return height // self.stride >> level, width // self.stride >> level
+
+    def to_dict(self) -> dict:
+        """Plain values, for a checkpoint; `PyramidFlowConfig(**d)` reads them back."""
+        return {**asdict(self), "image_size": list(self.image_size)}
+
+
+class PyramidFlow(nn.Module):
+    """The whole network (Fig. 3).  Its state dict has its final shapes from construction on.
+
+    Encoder weights are random here; `load_encoder_weights` fills them in.
+
+    Args:
+        config: the architecture.
+    """
+
+    def __init__(self, config: PyramidFlowConfig):
+        super().__init__()
+        self.config = config
+        self.stem = _build_stem(config).requires_grad_(False)
+        self.pyramid = LaplacianPyramid(config.num_level)
+        blocks = [
+            CouplingBlock(kind, level, config)
+            for _ in range(config.num_stack)
+            for kind, level in coupling_schedule(config.num_level)
+        ]
+        chain = SequentialNF if config.save_memory else SequentialNet
+        self.flow = chain(*blocks)
+
+    def train(self, mode: bool = True) -> PyramidFlow:
+        super().train(mode)
+        if self.config.encoder_bn == "frozen":
+            self.stem.eval()
+        return self
+
+    def forward(self, images: Tensor, logdets: bool = False) -> tuple[Tensors, LogDets]:
+        """Latent pyramid of a batch.
+
+        Args:
+            images: (B,3,h,w), normalised, of the configured size.
+            logdets: also give the log-determinants, one map per level, per element.
+
+        Returns:
+            (latents, log-dets): tuples of L tensors (B,C,H/2^i,W/2^i); None instead of log-dets
+            that were not asked for.
+
+        Raises:
+            ValueError: images of another size (CVN and the template are tied to one size).
+        """
+        if tuple(images.shape[-2:]) != self.config.image_size:
+            raise ValueError(
+                f"the model is for {_by(self.config.image_size)} images, got {_by(images.shape[-2:])}"
+            )
+        levels = self.pyramid.decompose(self.stem(images))
+        zeros = tuple(torch.zeros_like(x) for x in levels) if logdets else None
+        return self.flow(levels, zeros)
+
+    def inverse(self, latents: Tensors) -> Tensor:
+        """Images (B,3,h,w) from a latent pyramid; of the latent template, the image template (Fig. 7).
+
+        Raises:
+            ValueError: the stem has no inverse (a ResNet encoder).
+        """
+        if self.config.encoder != "none":
+            raise ValueError(f"encoder {self.config.encoder} has no inverse; only encoder none has one")
+        levels, _ = self.flow.inverse(latents)
+        feature = self.pyramid.compose(levels)
+        weight = self.stem.weight[:, :, 0, 0]
+        pseudo_inverse = torch.linalg.pinv(weight.double()).to(weight.dtype)
+        return F.conv2d(feature, pseudo_inverse[:, :, None, None])
+
+
+# --------------------------------------------------------------------------------------- stem
+
+
+def _build_stem(config: PyramidFlowConfig) -> nn.Module:
+    if config.encoder == "none":
+        stem = nn.Conv2d(3, config.channels, 1, bias=False)
+        nn.init.orthogonal_(stem.weight)
+        return stem
+    net = getattr(torchvision.models, config.encoder)(weights=None)
+    return nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1)
+
+
+def load_encoder_weights(model: PyramidFlow, state_dict: dict[str, Tensor]) -> None:
+    """Fill the ResNet stem from a state dict with torchvision's names; further entries are ignored.
+
+    Raises:
+        ValueError: an entry is missing or has another shape.
+    """
+    names = {"conv1": "0", "bn1": "1", "layer1": "4"}
+    state = {}
+    for ours in model.stem.state_dict():
+        child, _, rest = ours.partition(".")
+        name = next(k for k, v in names.items() if v == child) + "." + rest
+        if name not in state_dict and name.endswith("num_batches_tracked"):
+            continue  # files from before 2018 lack it, and nothing reads it
+        if name not in state_dict:
+            raise ValueError(f"no entry {name}")
+        wanted, got = tuple(model.stem.state_dict()[ours].shape), tuple(state_dict[name].shape)
+        if wanted != got:
+            raise ValueError(f"entry {name} has shape {got}, {model.config.encoder} needs {wanted}")
+        state[ours] = state_dict[name]
+    model.stem.load_state_dict(state, strict=False)
+
+
+# ------------------------------------------------------------------------------------ pyramid
+
+
+class LaplacianPyramid(nn.Module):
+    """Laplacian pyramid per channel (Sec. 3.2); `compose` undoes `decompose` exactly.
+
+    Down: 5x5 binomial blur, then 2x2 max-pool (the official code; the supplement says nearest).
+    Up: nearest neighbour, then the same blur.  Zero padding darkens the borders of composed maps.
+
+    Args:
+        num_level: L.
+    """
+
+    def __init__(self, num_level: int):
+        super().__init__()
+        self.num_level = num_level
+        self.register_buffer("taps", torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16, persistent=False)
+
+    def decompose(self, x: Tensor) -> Tensors:
+        """(B,C,H,W) -> L levels, finest first; H and W divisible by 2^(L-1)."""
+        levels = []
+        for _ in range(self.num_level - 1):
+            smaller = F.max_pool2d(self._blur(x), 2)
+            levels.append(x - self._up(smaller))
+            x = smaller
+        return (*levels, x)
+
+    def compose(self, levels: Tensors) -> Tensor:
+        """L levels -> (B,C,H,W).  Linear, and per channel."""
+        x = levels[-1]
+        for level in levels[-2::-1]:
+            x = self._up(x) + level
+        return x
+
+    def _up(self, x: Tensor) -> Tensor:
+        return self._blur(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+    def _blur(self, x: Tensor) -> Tensor:
+        channels = x.shape[1]
+        for shape, padding in (((1, 1, 5, 1), (2, 0)), ((1, 1, 1, 5), (0, 2))):
+            kernel = self.taps.to(x.dtype).view(shape).expand(channels, -1, -1, -1)
+            x = F.conv2d(x, kernel, padding=padding, groups=channels)
+        return x
+
+
+# -------------------------------------------------------------------------------------- flow
+
+
+def coupling_schedule(num_level: int) -> list[tuple[str, int]]:
+    """(kind, i) of the coupling blocks of one stack (Fig. 4): even i first, then up(0), then odd i.
+
+    >>> coupling_schedule(4)
+    [('dual', 0), ('down', 2), ('up', 0), ('dual', 1)]
+    """
+
+    def one_pass(start: int) -> list[tuple[str, int]]:
+        return [("dual" if i + 2 < num_level else "down", i) for i in range(start, num_level - 1, 2)]
+
+    return [*one_pass(0), ("up", 0), *one_pass(1)]
+
+
+class CouplingBlock(CouplingModule):
+    """Affine coupling between neighbouring scales, then an invertible 1x1 convolution (Sec. 3.3).
+
+    x_target <- A (exp(s) * x_target + t), with s and t from the neighbours by two convolutions:
+    up(i): x_i from x_{i+1};  down(i): x_{i+1} from x_i;  dual(i): x_{i+1} from x_i and x_{i+2}.
+
+    Args:
+        kind: "up", "down" or "dual".
+        level: i.
+        config: the architecture.
+    """
+
+    def __init__(self, kind: str, level: int, config: PyramidFlowConfig):
+        super().__init__(target=level if kind == "up" else level + 1)
+        self.kind, self.level = kind, level
+        sources = 2 if kind == "dual" else 1
+        # `down` reads parameters at every second pixel only: unless the mean is over space, they
+        # need not be computed elsewhere.
+        self.computed_level = level if kind == "down" and config.volume_norm == "SVN" else self.target
+        size = config.level_size(self.computed_level)
+        stride = 2 if kind == "down" and self.computed_level == self.target else 1
+        self.affine = AffineParameters(config, sources * config.channels, size, stride)
+        self.conv1x1 = InvertibleConv1x1(config.channels, config.volume_norm != "none")
+
+    def extra_repr(self) -> str:
+        return f"{self.kind}({self.level})"
+
+    def transform_parameters(self, inputs: tuple[Tensor | None, ...]) -> Tensors:
+        i = self.level
+        if self.kind == "up":
+            return self.affine(upsampled=inputs[i + 1])
+        if self.kind == "dual":
+            return self.affine(inputs[i][:, :, ::2, ::2], upsampled=inputs[i + 2])
+        s, t = self.affine(inputs[i])
+        if self.computed_level != self.target:
+            s, t = s[:, :, ::2, ::2], t[:, :, ::2, ::2]
+        return s, t
+
+    def couple(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return self.conv1x1(torch.addcmul(t, x, s.exp()))
+
+    def decouple(self, y: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return (self.conv1x1.inverse(y) - t) * (-s).exp()
+
+    def log_det(self, s: Tensor, t: Tensor) -> Tensor:
+        """Per element.  The 1x1 convolution mixes channels, so its share is spread evenly on them."""
+        if self.conv1x1.volume_normalized:
+            return s  # log|det A| = 0 by construction
+        return s + self.conv1x1.log_det() / self.conv1x1.channels
+
+
+class AffineParameters(nn.Module):
+    """Raw log-scale and shift by two k x k convolutions; the log-scale clamped and normalised.
+
+    [s0, t] = conv(LeakyReLU(conv(x)));  s = VolumeNorm(clamp * 0.636 * atan(s0 / clamp)).
+
+    The input is a map, a nearest-upsampled smaller map, or both (their concatenation).
+
+    Args:
+        config: the architecture.
+        in_channels: of all input maps together.
+        size: (H,W) of the parameters.
+        stride: of the second convolution.
+    """
+
+    clamp = 2.0
+
+    def __init__(self, config: PyramidFlowConfig, in_channels: int, size, stride: int):
+        super().__init__()
+        k, width = config.kernel_size, 2 * config.channels
+        self.conv1 = nn.Conv2d(in_channels, width, k, padding=k // 2, bias=False)
+        self.conv2 = nn.Conv2d(width, width, k, padding=k // 2, stride=stride, bias=False)
+        nn.init.zeros_(self.conv2.weight)  # the untrained block is its 1x1 convolution alone
+        self.norm = VolumeNorm(config.volume_norm, config.channels, size)
+
+    def forward(self, x: Tensor | None = None, upsampled: Tensor | None = None) -> Tensors:
+        """x (B,C,H,W) and/or `upsampled` (B,C,H/2,W/2) -> (s, t)."""
+        hidden = F.leaky_relu(self._first(x, upsampled), 0.01)
+        raw = self.conv2(hidden)
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))  # autocast ends here
+        s, t = raw.chunk(2, dim=1)
+        s = self.clamp * 0.636 * torch.atan(s / self.clamp)
+        return self.norm(s), t
+
+    def _first(self, x: Tensor | None, upsampled: Tensor | None) -> Tensor:
+        weight, padding = self.conv1.weight, self.conv1.padding
+        if upsampled is None:
+            return F.conv2d(x, weight, padding=padding)
+        if x is None:
+            return conv2d_of_upsampled(upsampled, weight)
+        own, other = weight.split([x.shape[1], upsampled.shape[1]], dim=1)
+        return F.conv2d(x, own, padding=padding) + conv2d_of_upsampled(upsampled, other)
+
+
+def conv2d_of_upsampled(x: Tensor, weight: Tensor) -> Tensor:
+    """ "Same" convolution of the nearest-upsampled map, computed on the small map.
+
+    Equal to F.conv2d(F.interpolate(x, scale_factor=2), weight, padding=k // 2): an output pixel sees
+    each small pixel through up to four taps, whose weights add up.  Each of the four output phases
+    is a convolution with (k // 2 + 1)^2 taps, together about a third of the work at k = 7.
+
+    Args:
+        x: (B,I,n,m).
+        weight: (O,I,k,k), k odd.
+
+    Returns:
+        (B,O,2n,2m).
+    """
+    (out_channels, in_channels, k, _), (n, m) = weight.shape, x.shape[-2:]
+    radius = k // 2
+    select = _phase_taps(k).to(weight)
+    small = torch.einsum("pak,qbl,oikl->pqoiab", select, select, weight)
+    small = small.reshape(4 * out_channels, in_channels, radius + 1, radius + 1)
+    shift = radius % 2  # an odd radius lets the odd phase start one small pixel later
+    phases = F.conv2d(x, small, padding=(radius + 1) // 2).chunk(4, dim=1)
+    rows = [
+        torch.stack(
+            [
+                phases[2 * p + q][:, :, p * shift : p * shift + n, q * shift : q * shift + m]
+                for q in (0, 1)
+            ],
+            dim=-1,
+        ).flatten(-2)
+        for p in (0, 1)
+    ]
+    return torch.stack(rows, dim=-2).flatten(-3, -2)
+
+
+def _phase_taps(k: int) -> Tensor:
+    """(2, k//2+1, k): which of the k taps fall on which small pixel, for even and odd outputs."""
+    radius = k // 2
+    taps = torch.zeros(2, radius + 1, k)
+    for phase in (0, 1):
+        start = (phase - radius) // 2
+        for d in range(k):
+            taps[phase, (phase + d - radius) // 2 - start, d] = 1
+    return taps
+
+
+class VolumeNorm(nn.Module):
+    """Subtract a mean, so that the volume change averages to zero (Sec. 3.3); never divide.
+
+    CVN: mean over batch and channels, per pixel.  SVN: mean over batch and space, per channel.
+    Training uses the batch's mean and moves the running mean, eval uses the running mean.
+
+    Args:
+        kind: "CVN", "SVN" or "none".
+        channels: C.
+        size: (H,W), which CVN ties the model to.
+    """
+
+    momentum = 0.1
+
+    def __init__(self, kind: str, channels: int, size: tuple[int, int]):
+        super().__init__()
+        self.dims = {"CVN": (0, 1), "SVN": (0, 2, 3), "none": None}[kind]
+        shape = {"CVN": (1, 1, *size), "SVN": (1, channels, 1, 1), "none": None}[kind]
+        self.register_buffer("running_mean", None if shape is None else torch.zeros(shape))
+
+    def forward(self, s: Tensor) -> Tensor:
+        """(B,C,H,W) -> (B,C,H,W)."""
+        if self.dims is None:
+            return s
+        if not self.training:
+            return s - self.running_mean
+        mean = s.mean(self.dims, keepdim=True)
+        self.running_mean.lerp_(mean.detach().to(self.running_mean), self.momentum)
+        return s - mean
+
+
+class InvertibleConv1x1(nn.Module):
+    """1x1 convolution with A = P L (U + diag(sign * exp(s~))), from a random orthogonal matrix.
+
+    P and sign are constants; L (unit lower), U (strictly upper) and s are trained.
+
+    Args:
+        channels: C.
+        volume_normalized: s~ = s - mean(s), so that |det A| = 1; else s~ = s.
+    """
+
+    def __init__(self, channels: int, volume_normalized: bool):
+        super().__init__()
+        self.channels, self.volume_normalized = channels, volume_normalized
+        orthogonal = nn.init.orthogonal_(torch.empty(channels, channels))
+        permutation, lower, upper = torch.linalg.lu(orthogonal)
+        diagonal = upper.diagonal()
+        self.lower = nn.Parameter(lower.tril(-1))
+        self.upper = nn.Parameter(upper.triu(1))
+        self.log_scale = nn.Parameter(diagonal.abs().log())
+        self.register_buffer("permutation", permutation)
+        self.register_buffer("sign", diagonal.sign())
+
+    def forward(self, x: Tensor) -> Tensor:
+        lower, upper = self._factors(x.dtype)
+        return F.conv2d(x, (self.permutation.to(x.dtype) @ lower @ upper)[:, :, None, None])
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Undo `forward`; the matrix is inverted in float64, by triangular solves."""
+        lower, upper = self._factors(torch.float64)
+        weight = self.permutation.to(torch.float64).T
+        weight = torch.linalg.solve_triangular(lower, weight, upper=False, unitriangular=True)
+        weight = torch.linalg.solve_triangular(upper, weight, upper=True)
+        return F.conv2d(y, weight.to(y.dtype)[:, :, None, None])
+
+    def log_det(self) -> Tensor:
+        """log|det A|, a scalar; a map of H x W pixels has H * W times that."""
+        return self._log_diagonal().sum()
+
+    def _log_diagonal(self) -> Tensor:
+        return self.log_scale - self.log_scale.mean() if self.volume_normalized else self.log_scale
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        eye = torch.eye(self.channels, dtype=dtype, device=self.lower.device)
+        diagonal = self.sign.to(dtype) * self._log_diagonal().to(dtype).exp()
+        return self.lower.to(dtype).tril(-1) + eye, self.upper.to(dtype).triu(1) + diagonal.diag()
+
+
+# --------------------------------------------------------------------- loss, template and map
+
+
+def fourier_loss(pyramid: LaplacianPyramid, latents: Tensors) -> Tensor:
+    """Mean spectral magnitude of the composed squared difference of all pairs (Sec. 3.4), a scalar.
+
+    Composition is linear and the same for every channel, so the mean over channels comes first.
+
+    Args:
+        latents: L levels (B,C,H/2^i,W/2^i), B >= 2.
+
+    Raises:
+        ValueError: fewer than two images.
+    """
+    batch = latents[0].shape[0]
+    if batch < 2:
+        raise ValueError("the loss compares pairs of images: the batch needs at least 2")
+    i, j = torch.triu_indices(batch, batch, offset=1, device=latents[0].device)
+    squares = tuple((z[i] - z[j]).square().mean(1, keepdim=True) for z in latents)
+    return torch.fft.fft2(pyramid.compose(squares)).abs().mean()
+
+
+@torch.no_grad()
+def latent_template(model: PyramidFlow, batches: Iterable[Tensor]) -> Tensors:
+    """Mean latent of un-augmented training images: L levels (1,C,H/2^i,W/2^i) (Sec. 3.4).
+
+    Always to be computed with the weights it is used with.  The model is put into eval mode.
+
+    Args:
+        batches: of normalised images (B,3,h,w) on the model's device.
+
+    Raises:
+        ValueError: no images.
+    """
+    model.eval()
+    sums, count = None, 0
+    for images in batches:
+        latents, _ = model(images)
+        batch_sums = [z.sum(0, keepdim=True, dtype=torch.float64) for z in latents]
+        sums = batch_sums if sums is None else [a + b for a, b in zip(sums, batch_sums, strict=True)]
+        count += len(images)
+    if sums is None:
+        raise ValueError("a template needs at least one image")
+    return tuple((x / count).float() for x in sums)
+
+
+@torch.no_grad()
+def anomaly_map(model: PyramidFlow, images: Tensor, template: Tensors) -> Tensor:
+    """Anomaly map (B,H,W) of normalised images (B,3,h,w): |latent - template|, composed, channel mean.
+
+    No smoothing.  The image score is the map's maximum.
+    """
+    latents, _ = model(images)
+    differences = (
+        (z - mean).abs().mean(1, keepdim=True) for z, mean in zip(latents, template, strict=True)
+    )
+    return model.pyramid.compose(tuple(differences))[:, 0]
+
+
+# ---------------------------------------------------------------------------- official weights
+
+
+def convert_official_state_dict(model: PyramidFlow, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The official program's entries (weights, gradients or buffers) under our names and shapes.
+
+    A CVN block `down` keeps its running mean at the pixels it reads, every second one.  Running means
+    of a model that was never trained have one element there; they are expanded.
+    """
+    parts = {
+        "affineParams.conv.0.weight": "affine.conv1.weight",
+        "affineParams.conv.2.weight": "affine.conv2.weight",
+        "affineParams.norm.running_mean": "affine.norm.running_mean",
+        "conv1x1.w_p": "conv1x1.permutation",
+        "conv1x1.w_l": "conv1x1.lower",
+        "conv1x1.w_u": "conv1x1.upper",
+        "conv1x1.w_s": "conv1x1.log_scale",
+        "conv1x1.s_sign": "conv1x1.sign",
+    }
+    shapes = {name: x.shape for name, x in model.state_dict().items()}
+    converted = {}
+    for official, x in state_dict.items():
+        if official.startswith("inconv."):
+            converted["stem." + official.removeprefix("inconv.")] = x
+        elif official.startswith("nf.moduleslst."):
+            block, _, part = official.removeprefix("nf.moduleslst.").partition(".")
+            if part in parts:  # the rest are constant masks
+                name = f"flow.{block}.{parts[part]}"
+                if part.endswith("running_mean") and name in shapes:
+                    x = _fit_running_mean(x, shapes[name])
+                converted[name] = x
+    return converted
+
+
+def _fit_running_mean(mean: Tensor, shape: torch.Size) -> Tensor:
+    if mean.numel() == 1:
+        return mean.expand(shape).clone()
+    return mean[:, :, ::2, ::2] if mean.shape[-1] == 2 * shape[-1] else mean
+
+
+def _by(size) -> str:
+    return "x".join(str(n) for n in size)

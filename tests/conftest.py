@@ -1,0 +1,65 @@
+"""Small data of the tests' own, and a way to run a script's main as the command line does."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from util import run_script
+
+SIZE = 32
+
+
+def save_image(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def make_class(root: Path, name="widget", masks=True, num_train=6, num_test=3) -> Path:
+    """A class in MVTec's layout: a smooth pattern, brighter or darker; the defect `hole` is a dark square."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:SIZE, :SIZE]
+    pattern = 128 + 60 * np.sin(x / 3)[..., None] * np.cos(y / 4)[..., None] * np.array([1.0, 0.8, 0.6])
+
+    def picture():
+        return np.clip(pattern * rng.uniform(0.8, 1.2) + rng.normal(0, 4, pattern.shape), 0, 255).astype(
+            np.uint8
+        )
+
+    folder = root / name
+    for i in range(num_train):
+        save_image(folder / "train" / "good" / f"{i:03}.png", picture())
+    for i in range(num_test):
+        save_image(folder / "test" / "good" / f"{i:03}.png", picture())
+        defective, mask = picture(), np.zeros((SIZE, SIZE), np.uint8)
+        top = 4 + 5 * i
+        defective[top : top + 8, 10:18] = 10
+        mask[top : top + 8, 10:18] = 255
+        save_image(folder / "test" / "hole" / f"{i:03}.png", defective)
+        if masks:
+            save_image(folder / "ground_truth" / "hole" / f"{i:03}_mask.png", mask)
+    return folder
+
+
+@pytest.fixture
+def widget(tmp_path):
+    """The folder of a small class, in tmp_path / "data"."""
+    return make_class(tmp_path / "data")
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """run_main(main, arguments) -> (exit code, stdout, stderr), as from the command line."""
+
+    def run(main, arguments):
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, arguments)])
+        code = 0
+        try:
+            run_script(main)
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run

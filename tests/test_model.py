@@ -1,0 +1,447 @@
+"""The network computes what the official one does, and is what the paper says: invertible, with known volume."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from autoFlow import SequentialNet
+from model import (
+    CouplingBlock,
+    InvertibleConv1x1,
+    LaplacianPyramid,
+    PyramidFlow,
+    PyramidFlowConfig,
+    VolumeNorm,
+    anomaly_map,
+    conv2d_of_upsampled,
+    convert_official_state_dict,
+    coupling_schedule,
+    fourier_loss,
+    latent_template,
+    load_encoder_weights,
+)
+
+FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("*.pt"))
+SMALL = {"encoder": "none", "num_channel": 3, "kernel_size": 3, "image_size": (16, 16)}
+
+
+def small_model(**changes):
+    """A float64 model whose second convolutions are not zero, so that mistakes show."""
+    torch.manual_seed(0)
+    model = PyramidFlow(
+        PyramidFlowConfig(**{**SMALL, "num_level": 3, "num_stack": 2, **changes})
+    ).double()
+    perturb(model)
+    return model
+
+
+def perturb(module):
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+
+
+def images(model, batch=2):
+    generator = torch.Generator().manual_seed(1)
+    shape = (batch, 3, *model.config.image_size)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+# ------------------------------------------------------------- parity with the official program
+
+
+def assert_parity(ours, official, name):
+    """Relative to the largest value, 1e-4; large official tensors are stored as every 17th element."""
+    if ours.shape != official.shape:
+        ours = ours.flatten()[::17]
+    error = (ours - official).abs().max() / official.abs().max().clamp_min(1e-12)
+    assert error < 1e-4, f"{name}: relative error {error:.1e}"
+
+
+def assert_all_parity(ours, official, name):
+    for i, (x, y) in enumerate(zip(ours, official, strict=True)):
+        assert_parity(x, y, f"{name}, level {i}")
+
+
+@pytest.fixture(params=FIXTURES, ids=lambda path: path.stem)
+def official(request):
+    return torch.load(request.param, weights_only=True)
+
+
+def official_model(official, save_memory):
+    given = official["config"]
+    config = PyramidFlowConfig(
+        encoder=given["encoder"],
+        num_level=given["num_level"],
+        num_stack=given["num_stack"],
+        num_channel=given["channel"],
+        kernel_size=given["kernel_size"],
+        volume_norm=given["volume_norm"],
+        image_size=official["train_input"].shape[-2:],
+        save_memory=save_memory,
+    )
+    model = PyramidFlow(config)
+    model.load_state_dict(convert_official_state_dict(model, official["state_dict"]))
+    return model.train()
+
+
+def test_all_fixtures_are_there():
+    assert len(FIXTURES) == 4
+
+
+@pytest.mark.parametrize("save_memory", [True, False])
+def test_parity_of_a_training_step(official, save_memory):
+    model = official_model(official, save_memory)
+    latents, logdets = model(official["train_input"])
+    assert logdets is None
+    assert_all_parity(latents, official["train_output"], "latents")
+    loss = fourier_loss(model.pyramid, latents)
+    assert abs(loss.item() / official["loss"] - 1) < 1e-4
+    loss.backward()
+
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {name: p.shape for name, p in trained.items()}
+    grads = convert_official_state_dict(model, official["grads"])
+    assert grads.keys() == trained.keys()
+    for name, grad in grads.items():
+        assert_parity(
+            trained[name],
+            grad.reshape(shapes[name]) if grad.numel() == trained[name].numel() else grad,
+            name,
+        )
+    buffers = dict(model.named_buffers())
+    for name, buffer in convert_official_state_dict(model, official["buffers_after_step"]).items():
+        assert buffers[name].shape == buffer.shape
+        assert_parity(buffers[name], buffer, name)
+
+
+@pytest.mark.parametrize("save_memory", [True, False])
+def test_parity_of_scoring(official, save_memory):
+    model = official_model(official, save_memory)
+    with torch.no_grad():
+        model(official["train_input"])  # moves the buffers as one training step does
+        model.eval()
+        levels = model.pyramid.decompose(model.stem(official["eval_input"]))
+        latents, logdets = model(official["eval_input"], logdets=True)
+    assert_all_parity(levels, official["eval_pyramid"], "pyramid")
+    assert_all_parity(latents, official["eval_output"], "latents")
+    assert_all_parity(logdets, official["eval_logdets"], "log-dets")
+    template = latent_template(model, [official["train_input"]])
+    assert_all_parity(template, official["template"], "template")
+    maps = anomaly_map(model, official["eval_input"], template)
+    assert_parity(maps, official["anomaly_map"], "anomaly map")
+
+
+# -------------------------------------------------------------------------- invertible, volume
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("volume_norm", ["CVN", "SVN", "none"])
+@pytest.mark.parametrize(("kind", "level"), [("up", 0), ("down", 1), ("dual", 0)])
+def test_every_block_is_undone_and_knows_its_volume(kind, level, volume_norm, training, dtype):
+    torch.manual_seed(0)
+    config = PyramidFlowConfig(
+        **{**SMALL, "num_channel": 2, "num_level": 3, "volume_norm": volume_norm, "image_size": (8, 8)}
+    )
+    block = CouplingBlock(kind, level, config).to(dtype).train(training)
+    perturb(block)
+    levels = tuple(torch.randn(1, 2, 8 >> i, 8 >> i, dtype=dtype) for i in range(3))
+    with torch.no_grad():
+        outputs, logdets = block(levels, tuple(torch.zeros_like(x) for x in levels))
+        rebuilt, cancelled = block.inverse(outputs, logdets)
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    for x, y, z in zip(levels, rebuilt, cancelled, strict=True):
+        torch.testing.assert_close(y, x, rtol=0, atol=tolerance)
+        torch.testing.assert_close(z, torch.zeros_like(z), rtol=0, atol=tolerance)
+    if dtype == torch.float64:
+        jacobian = flow_jacobian(lambda xs: block(xs)[0], levels)
+        total = sum(x.sum() for x in logdets)
+        torch.testing.assert_close(total, torch.linalg.slogdet(jacobian)[1], rtol=1e-9, atol=1e-9)
+
+
+def flow_jacobian(function, levels):
+    sizes = [x.numel() for x in levels]
+
+    def flat(x):
+        parts = (p.view(y.shape) for p, y in zip(x.split(sizes), levels, strict=True))
+        return torch.cat([y.flatten() for y in function(tuple(parts))])
+
+    return torch.autograd.functional.jacobian(flat, torch.cat([x.flatten() for x in levels]))
+
+
+@pytest.mark.parametrize("save_memory", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("volume_norm", ["CVN", "SVN", "none"])
+@pytest.mark.parametrize("num_level", [2, 3, 4])
+def test_the_whole_flow_is_undone(num_level, volume_norm, training, save_memory):
+    model = small_model(num_level=num_level, volume_norm=volume_norm, save_memory=save_memory).train(
+        training
+    )
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        model.to(dtype)
+        x = images(model).to(dtype)
+        with torch.no_grad():
+            rebuilt = model.inverse(model(x)[0])
+        torch.testing.assert_close(rebuilt, x, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("volume_norm", ["CVN", "SVN", "none"])
+def test_the_models_log_det_equals_the_jacobians(volume_norm):
+    model = small_model(
+        num_level=2, image_size=(4, 4), volume_norm=volume_norm, save_memory=False
+    ).eval()
+    x = images(model, batch=1)
+    _, logdets = model(x, logdets=True)
+    levels = model.pyramid.decompose(model.stem(x))
+    jacobian = flow_jacobian(lambda xs: model.flow(xs)[0], levels)
+    torch.testing.assert_close(sum(d.sum() for d in logdets), torch.linalg.slogdet(jacobian)[1])
+
+
+@pytest.mark.parametrize("volume_norm", ["CVN", "SVN"])
+def test_volume_normalization_keeps_the_volume_while_training(volume_norm):
+    """On the levels whose parameters are all used the log-dets of a batch sum to zero."""
+    model = small_model(num_level=2, num_stack=1, volume_norm=volume_norm).train()
+    _, logdets = model(images(model), logdets=True)
+    assert abs(logdets[0].sum().item()) < 1e-9
+
+
+@pytest.mark.parametrize("save_memory", [True, False])
+def test_every_parameter_gets_a_gradient_except_the_stems(save_memory):
+    model = small_model(num_level=4, save_memory=save_memory)
+    fourier_loss(model.pyramid, model(images(model))[0]).backward()
+    for name, p in model.named_parameters():
+        if name.startswith("stem"):
+            assert p.grad is None
+        else:
+            assert p.grad.abs().max() > 0, name
+
+
+def test_memory_saving_gives_the_same_gradients():
+    grads = []
+    for save_memory in (True, False):
+        model = small_model(num_level=4, save_memory=save_memory)
+        latents, logdets = model(images(model), logdets=True)
+        (fourier_loss(model.pyramid, latents) + sum(d.square().sum() for d in logdets)).backward()
+        grads.append([p.grad for p in model.flow.parameters()])
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
+
+
+def test_an_untrained_block_is_its_1x1_convolution():
+    model = PyramidFlow(PyramidFlowConfig(**SMALL, num_level=2, num_stack=1)).eval()
+    x = torch.randn(1, 3, 16, 16)
+    levels = model.pyramid.decompose(model.stem(x))
+    latents, _ = model(x)
+    down, up = model.flow
+    torch.testing.assert_close(latents[0], up.conv1x1(levels[0]))
+    torch.testing.assert_close(latents[1], down.conv1x1(levels[1]))
+
+
+# -------------------------------------------------------------------------------------- parts
+
+
+def test_schedule():
+    assert coupling_schedule(2) == [("down", 0), ("up", 0)]
+    assert coupling_schedule(3) == [("dual", 0), ("up", 0), ("down", 1)]
+    assert coupling_schedule(4) == [("dual", 0), ("down", 2), ("up", 0), ("dual", 1)]
+    assert len(coupling_schedule(8)) == 8
+
+
+def test_pyramid_composes_back_and_keeps_sizes():
+    pyramid = LaplacianPyramid(4).double()
+    x = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    levels = pyramid.decompose(x)
+    assert [tuple(y.shape[-2:]) for y in levels] == [(32, 48), (16, 24), (8, 12), (4, 6)]
+    torch.testing.assert_close(pyramid.compose(levels), x)
+
+
+def test_a_constant_coarse_level_is_darkened_at_the_borders():
+    """Zero padding in Up: 1.00 in the centre, 0.35 at the edge, 0.12 in the corner at L = 4."""
+    levels = tuple(torch.full((1, 1, 256 >> i, 256 >> i), float(i == 3)) for i in range(4))
+    composed = LaplacianPyramid(4).compose(levels)[0, 0]
+    values = [composed[128, 128].item(), composed[0, 128].item(), composed[0, 0].item()]
+    assert values == pytest.approx([1.0, 0.35, 0.12], abs=0.006)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5, 7, 9])
+def test_convolution_of_an_upsampled_map(k):
+    torch.manual_seed(k)
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 3, k, k, dtype=torch.float64, requires_grad=True)
+    plain = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=k // 2)
+    fast = conv2d_of_upsampled(x, weight)
+    torch.testing.assert_close(fast, plain)
+    cotangent = torch.randn_like(plain)
+    torch.testing.assert_close(
+        torch.autograd.grad(fast, (x, weight), cotangent),
+        torch.autograd.grad(plain, (x, weight), cotangent),
+    )
+
+
+@pytest.mark.parametrize("volume_norm", ["CVN", "SVN", "none"])
+def test_down_computes_only_what_is_read(volume_norm):
+    """Equal to computing the parameters at x_i's size, normalising, and interpolating them down."""
+    model = small_model(num_level=2, num_stack=1, volume_norm=volume_norm).train()
+    block = model.flow[0]
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    s, t = block.transform_parameters((x, None))
+    hidden = F.leaky_relu(F.conv2d(x, block.affine.conv1.weight, padding=1), 0.01)
+    s0, t0 = F.conv2d(hidden, block.affine.conv2.weight, padding=1).chunk(2, dim=1)
+    s0 = 2 * 0.636 * torch.atan(s0 / 2)
+    dims = {"CVN": (0, 1), "SVN": (0, 2, 3), "none": None}[volume_norm]
+    if dims is not None:
+        s0 = s0 - s0.mean(dims, keepdim=True)
+    torch.testing.assert_close(s, F.interpolate(s0, scale_factor=0.5, mode="nearest"))
+    torch.testing.assert_close(t, F.interpolate(t0, scale_factor=0.5, mode="nearest"))
+
+
+@pytest.mark.parametrize(("kind", "dims"), [("CVN", (0, 1)), ("SVN", (0, 2, 3))])
+def test_volume_norm(kind, dims):
+    norm = VolumeNorm(kind, 3, (4, 5))
+    s = torch.randn(2, 3, 4, 5, requires_grad=True)
+    mean = s.mean(dims, keepdim=True)
+    torch.testing.assert_close(norm(s), s - mean)
+    torch.testing.assert_close(norm.running_mean, 0.1 * mean.detach())
+    assert norm.running_mean.grad_fn is None
+    before = norm.eval().running_mean.clone()
+    torch.testing.assert_close(norm(s), s - before)
+    assert torch.equal(norm.running_mean, before)
+
+
+@pytest.mark.parametrize("save_memory", [True, False])
+def test_statistics_move_once_per_step_and_never_in_eval_or_inverse(save_memory):
+    model = small_model(volume_norm="CVN", save_memory=save_memory).train()
+    latents, _ = model(images(model))
+    after_forward = {name: b.clone() for name, b in model.named_buffers()}
+    fourier_loss(model.pyramid, latents).backward()
+    model.inverse(latents)
+    model.eval()(images(model))
+    for name, b in model.named_buffers():
+        assert torch.equal(b, after_forward[name]), name
+    assert any(b.abs().max() > 0 for name, b in after_forward.items() if "running_mean" in name)
+
+
+@pytest.mark.parametrize("volume_normalized", [True, False])
+def test_conv1x1_matrix(volume_normalized):
+    torch.manual_seed(0)
+    conv = InvertibleConv1x1(6, volume_normalized).double()
+    unit = torch.eye(6, dtype=torch.float64)
+    start = conv(unit[:, :, None, None])[:, :, 0, 0].T
+    torch.testing.assert_close(start @ start.T, unit, rtol=0, atol=1e-5)  # starts orthogonal
+    perturb(conv)
+    matrix = conv(unit[:, :, None, None])[:, :, 0, 0].T
+    torch.testing.assert_close(torch.linalg.slogdet(matrix)[1], conv.log_det())
+    assert (abs(conv.log_det().item()) < 1e-12) == volume_normalized
+
+
+def test_fourier_loss_is_the_mean_spectrum_over_all_pairs():
+    pyramid = LaplacianPyramid(2).double()
+    latents = (torch.randn(3, 2, 8, 8).double(), torch.randn(3, 2, 4, 4).double())
+    spectra = []
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        composed = pyramid.compose(tuple((z[i : i + 1] - z[j : j + 1]).abs() ** 2 for z in latents))
+        spectra.append(torch.fft.fft2(composed.mean(1)).abs())
+    torch.testing.assert_close(fourier_loss(pyramid, latents), torch.stack(spectra).mean())
+    with pytest.raises(ValueError, match="at least 2"):
+        fourier_loss(pyramid, tuple(z[:1] for z in latents))
+
+
+def test_template_is_the_mean_latent_whatever_the_batches():
+    model = small_model().eval()
+    x = images(model, batch=5)
+    template = latent_template(model.train(), x.split(2))
+    latents, _ = model.eval()(x)
+    for mean, z in zip(template, latents, strict=True):
+        torch.testing.assert_close(mean, z.mean(0, keepdim=True).float().detach())
+    with pytest.raises(ValueError, match="at least one image"):
+        latent_template(model, [])
+
+
+def test_anomaly_map_of_the_template_itself_is_zero():
+    model = small_model().float().eval()
+    x = images(model, batch=1).float()
+    maps = anomaly_map(model, x, latent_template(model, [x]))
+    assert maps.shape == (1, 16, 16)
+    assert maps.abs().max() < 1e-5
+
+
+# --------------------------------------------------------------------- configuration and stems
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": (20, 16)}, "20 is not divisible by 8 .*16 and 24"),
+        ({"image_size": (4, 4)}, "nearest sizes that work: 8$"),
+        ({"encoder": "resnet18", "image_size": (40, 64)}, "40 is not divisible by 32 .*32 and 64"),
+        ({"kernel_size": 4}, "not odd; try 5"),
+        ({"encoder": "vgg"}, "'vgg' is not one of"),
+        ({"volume_norm": "BN"}, "'BN' is not one of"),
+        ({"num_level": 1}, "at least 2 levels"),
+    ],
+)
+def test_impossible_configurations_name_the_remedy(changes, message):
+    with pytest.raises(ValueError, match=message):
+        PyramidFlowConfig(**{**SMALL, "num_level": 4, **changes})
+
+
+def test_another_image_size_is_refused():
+    model = small_model()
+    with pytest.raises(ValueError, match="16x16 images, got 32x32"):
+        model(torch.zeros(1, 3, 32, 32, dtype=torch.float64))
+
+
+def resnet(**changes):
+    torch.manual_seed(0)
+    config = PyramidFlowConfig(
+        encoder="resnet18", num_level=2, num_stack=1, kernel_size=3, image_size=(32, 32), **changes
+    )
+    return PyramidFlow(config)
+
+
+@pytest.mark.parametrize(("encoder_bn", "moves"), [("batch", True), ("frozen", False)])
+def test_the_encoders_statistics(encoder_bn, moves):
+    model = resnet(encoder_bn=encoder_bn).train()
+    before = model.stem[1].running_mean.clone()
+    model(torch.randn(2, 3, 32, 32))
+    assert torch.equal(before, model.stem[1].running_mean) != moves
+
+
+def test_an_encoder_has_no_inverse():
+    model = resnet().eval()
+    with pytest.raises(ValueError, match="resnet18 has no inverse"):
+        model.inverse(model(torch.randn(1, 3, 32, 32))[0])
+
+
+def test_encoder_weights_are_taken_by_torchvisions_names():
+    source, model = resnet(), resnet()
+    perturb(source.stem.requires_grad_(True))
+    names = {"0": "conv1", "1": "bn1", "4": "layer1"}
+    state = {names[n.split(".")[0]] + n[1:]: x for n, x in source.stem.state_dict().items()}
+    load_encoder_weights(model, {**state, "fc.weight": torch.zeros(1)})
+    for x, y in zip(model.stem.state_dict().values(), source.stem.state_dict().values(), strict=True):
+        assert torch.equal(x, y)
+    with pytest.raises(ValueError, match=r"entry conv1\.weight has shape"):
+        load_encoder_weights(model, {**state, "conv1.weight": torch.zeros(64, 1, 7, 7)})
+    del state["layer1.0.conv1.weight"]
+    with pytest.raises(ValueError, match=r"no entry layer1\.0\.conv1\.weight"):
+        load_encoder_weights(model, state)
+
+
+def test_save_memory_chooses_the_chain():
+    assert not isinstance(small_model(save_memory=True).flow, SequentialNet)
+    assert isinstance(small_model(save_memory=False).flow, SequentialNet)
+
+
+def test_the_state_dict_has_its_final_shapes_from_construction_on():
+    model = small_model()
+    shapes = {name: x.shape for name, x in model.state_dict().items()}
+    fourier_loss(model.pyramid, model.train()(images(model))[0]).backward()
+    assert {name: x.shape for name, x in model.state_dict().items()} == shapes
+    fresh = PyramidFlow(PyramidFlowConfig(**model.config.to_dict())).double()
+    fresh.load_state_dict(model.state_dict())
+    x = images(model)
+    torch.testing.assert_close(fresh.eval()(x)[0], model.eval()(x)[0], rtol=0, atol=0)

@@ -1,0 +1,256 @@
+"""What every script needs and the method does not: errors, seeding, logging, run folders, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import logging
+import os
+import platform
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from tqdm import tqdm
+
+CHECKPOINT_FORMAT = "PyramidFlow checkpoint"
+CHECKPOINT_VERSION = 1
+LOG_INTERVAL_S = 30.0  # between lines of a progress bar that is written to a file
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message is one line and names the remedy."""
+
+    exit_code = 2
+
+
+class DivergedError(InputError):
+    """Training left the finite numbers; what was saved before stays."""
+
+    exit_code = 1
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main; an InputError becomes one line on stderr and its exit code."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except InputError as error:
+        sys.exit(_fail(f"{name}: error: {error}", error.exit_code))
+    except torch.OutOfMemoryError:
+        remedy = "lower --batchSize or --imageSize, or keep --saveMemory true"
+        sys.exit(_fail(f"{name}: error: out of GPU memory; {remedy}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail(f"{name}: interrupted", 130))
+
+
+def _fail(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return code
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def choose_device(gpu: str) -> torch.device:
+    """`--gpu`: an index, or "cpu".  Index 0 without any CUDA device falls back to the CPU.
+
+    Raises:
+        InputError: no such device.
+    """
+    if gpu == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if gpu.isdecimal() and int(gpu) < count:
+        return torch.device("cuda", int(gpu))
+    if gpu == "0":
+        return torch.device("cpu")
+    have = f"0 to {count - 1}" if count > 1 else "only 0" if count else "none"
+    raise InputError(f"--gpu {gpu}: no such CUDA device (this machine has: {have}); or use --gpu cpu")
+
+
+def describe_environment(device: torch.device) -> list[str]:
+    """Versions and hardware, a line each."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in _read_lines("/proc/cpuinfo") if "model name" in line),
+        platform.processor() or platform.machine(),
+    )
+    lines = [
+        f"python {platform.python_version()}, torch {torch.__version__}, "
+        f"torchvision {torchvision.__version__}, numpy {np.__version__}",
+        f"cpu {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}",
+    ]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        memory = properties.total_memory / 2**30
+        lines.append(f"gpu {properties.name}, {memory:.0f} GiB, CUDA {torch.version.cuda}")
+    return lines
+
+
+def _read_lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+# ----------------------------------------------------------------------------------- progress
+
+
+def progress(items: Iterable, description: str, total: int | None = None) -> tqdm:
+    """A progress bar on stderr; where stderr is a file, a line every few seconds instead."""
+    if sys.stderr.isatty():
+        return tqdm(items, description, total, leave=False, dynamic_ncols=True)
+    return tqdm(
+        items, description, total, leave=False, ncols=79, ascii=True, file=_Lines(),
+        mininterval=LOG_INTERVAL_S, maxinterval=LOG_INTERVAL_S, delay=LOG_INTERVAL_S,
+    )  # fmt: skip
+
+
+class _Lines:
+    """Turns the carriage returns of a progress bar into lines."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            print(line, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+# ---------------------------------------------------------------------------------- run folder
+
+
+def create_run_folder(save_dir: Path, name: str) -> Path:
+    """Make `<save_dir>/<name>-<date-time>[-n]`, a folder that did not exist before.
+
+    Raises:
+        InputError: it cannot be written to.
+    """
+    stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    try:
+        save_dir.mkdir(parents=True, exist_ok=True)
+        for n in range(1, 10_000):
+            folder = save_dir / (stem if n == 1 else f"{stem}-{n}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+    except OSError as error:
+        raise InputError(
+            f"cannot write to --saveDir {save_dir} ({error.strerror}); name another"
+        ) from None
+    raise InputError(f"--saveDir {save_dir} holds too many runs of this second")
+
+
+def check_writable(save_dir: Path) -> None:
+    """Fail now rather than after the data is read.
+
+    Raises:
+        InputError: nothing can be made in `save_dir`.
+    """
+    existing = save_dir.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"cannot write to --saveDir {save_dir} ({error.strerror}); name another"
+        ) from None
+
+
+def start_log(path: Path, environment: list[str]) -> logging.Logger:
+    """A logger to stdout and to a file that starts with versions and hardware."""
+    logger = logging.getLogger(f"pyramidflow.{path.parent.name}")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    file, console = logging.FileHandler(path), logging.StreamHandler(sys.stdout)
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logger.handlers = [file]
+    for line in environment:
+        logger.info(line)
+    logger.handlers = [file, console]
+    return logger
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Rows of equal keys; None becomes an empty cell."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# --------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Write tensors and plain values atomically, with format, version and library versions."""
+    header = {
+        "format": CHECKPOINT_FORMAT,
+        "version": CHECKPOINT_VERSION,
+        "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)},
+    }
+    with atomic_path(path) as temporary:
+        torch.save({**header, **content}, temporary)
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
+    """Read what `save_checkpoint` wrote; nothing in the file is executed.
+
+    Raises:
+        InputError: missing, damaged, or not such a file.
+    """
+    content = load_tensors(path, device)
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        raise InputError(f"{path} is not a PyramidFlow checkpoint; name a .pt file that train.py wrote")
+    if content.get("version") != CHECKPOINT_VERSION:
+        raise InputError(
+            f"{path} is of checkpoint version {content.get('version')}, this program reads "
+            f"{CHECKPOINT_VERSION}; train again or use the program that wrote it"
+        )
+    return content
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> object:
+    """`torch.load` of tensors and plain values only.
+
+    Raises:
+        InputError: missing, damaged, or with anything else inside.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except Exception as error:  # torch.load raises nearly anything on damaged files
+        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path} cannot be read as tensors and plain values: {reason}") from None
