@@ -301,6 +301,8 @@ class _BackpropagationByInversion(torch.autograd.Function):
     """All blocks as one node of the autograd graph, so gradients reach parameters the ordinary way
     (accumulation, `torch.autograd.grad`, DistributedDataParallel)."""
 
+    boxed_grads_call = True  # `backward` may let go of a gradient; torch that does not know it keeps all
+
     @staticmethod
     def forward(ctx, call: _Call, *tensors: Tensor) -> Tensors:
         n_logdets = call.num_inputs if call.has_logdets else 0
@@ -327,13 +329,18 @@ class _BackpropagationByInversion(torch.autograd.Function):
         return values + (logdets or ())
 
     @staticmethod
-    def backward(ctx, *grads: Tensor | None):
+    def backward(ctx, *grads):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "SequentialNF has no second-order gradients (create_graph=True): use SequentialNet"
             )
         call, values = ctx.call, ctx.saved_tensors
-        value_grads, logdet_grads = grads[: call.num_outputs], grads[call.num_outputs :]
+        boxed = grads[0] if isinstance(grads[0], list) else list(grads)
+        value_grads, logdet_grads = boxed[: call.num_outputs], tuple(boxed[call.num_outputs :])
+        # From here on the output and its gradient live no longer than the last block needs them.
+        boxed.clear()
+        if hasattr(ctx, "maybe_clear_saved_tensors"):  # which it does unless the graph is retained
+            ctx.maybe_clear_saved_tensors()
         needed = ctx.needs_input_grad[len(ctx.needs_input_grad) - len(call.parameter_ids) :]
         wanted = {i for i, need in zip(call.parameter_ids, needed, strict=True) if need}
         found: dict[int, Tensor] = {}
