@@ -273,11 +273,12 @@ class SequentialNF(_Chain):
         order = self._in_order(reverse)
         if not torch.is_grad_enabled():
             return _run(order, values, logdets, reverse)
-        call = _Call(order, reverse, len(values), logdets is not None, self.preserve_rng_state)
+        num_logdets = None if logdets is None else len(logdets)
+        call = _Call(order, reverse, len(values), num_logdets, self.preserve_rng_state)
         parameters = [p for p in self.parameters() if p.requires_grad]
         results = _BackpropagationByInversion.apply(call, *values, *(logdets or ()), *parameters)
         outputs, logdets = results[: call.num_outputs], results[call.num_outputs :]
-        return outputs, logdets if call.has_logdets else None
+        return outputs, None if num_logdets is None else logdets
 
 
 @dataclass
@@ -287,7 +288,7 @@ class _Call:
     order: list[tuple[str, InvertibleModule]]
     reverse: bool
     num_inputs: int
-    has_logdets: bool
+    num_logdets: int | None
     preserve_rng_state: bool
     num_outputs: int = 0
     needs_grad: list[list[bool]] = field(default_factory=list)  # of each block's arguments
@@ -305,9 +306,9 @@ class _BackpropagationByInversion(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call: _Call, *tensors: Tensor) -> Tensors:
-        n_logdets = call.num_inputs if call.has_logdets else 0
         values, rest = tensors[: call.num_inputs], tensors[call.num_inputs :]
-        logdets, parameters = (rest[:n_logdets], rest[n_logdets:]) if n_logdets else (None, rest)
+        logdets, parameters = rest[: call.num_logdets or 0], rest[call.num_logdets or 0 :]
+        logdets = None if call.num_logdets is None else logdets
         device = values[0].device
         call.autocast = _autocast_settings(device)
         call.parameter_ids = [id(p) for p in parameters]

@@ -85,7 +85,7 @@ def open_class(datapath: Path, name: str) -> AnomalyClass:
             "or try `make demo`, which needs no download"
         )
     folder = datapath / name
-    if not name or not folder.is_dir():
+    if name != Path(name).name or not folder.is_dir():
         present = [p.name for p in sorted(datapath.iterdir()) if (p / "train").is_dir()]
         have = f"classes there: {', '.join(present)}" if present else "no class folders there"
         raise InputError(f"no class {name!r} in {datapath}; {have}")

@@ -72,6 +72,10 @@ ADAM = {"lr": 2e-4, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 1e-5}
 MAX_GRADIENT_NORM = 1.0
 EVALUATION_BATCH = 4
 
+DIVERGED_REMEDY = (
+    "the checkpoints of earlier epochs are untouched; try --volumeNorm CVN or another --seed"
+)
+
 METRIC_NAMES = {
     "pixel_auroc": "pixel AUROC",
     "image_auroc": "image AUROC",
@@ -338,8 +342,7 @@ def check_finite(losses: list[Tensor], step: int) -> None:
     for loss in losses:
         if not torch.isfinite(loss):
             raise DivergedError(
-                f"the loss became {loss.item()} at step {step} of this epoch; the checkpoints of the epochs "
-                "before are untouched; try another --seed, --volumeNorm CVN, or more images per batch"
+                f"the loss became {loss.item()} at step {step} of the epoch; {DIVERGED_REMEDY}"
             )
 
 
@@ -373,10 +376,17 @@ class TestSet:
         return cls(data, images, masks, GroundTruth.from_masks(data.defective, masks, device), device)
 
     def anomaly_maps(self, model: PyramidFlow, template: tuple[Tensor, ...]) -> Tensor:
-        """(N,256,256) on the device."""
+        """(N,256,256) on the device.
+
+        Raises:
+            DivergedError: a score is not finite.
+        """
         model.eval()
         batches = evaluation_batches(self.images, EVALUATION_BATCH, self.device, "test")
-        return torch.cat([at_mask_size(anomaly_map(model, images, template)) for images in batches])
+        maps = torch.cat([at_mask_size(anomaly_map(model, images, template)) for images in batches])
+        if not torch.isfinite(maps).all():
+            raise DivergedError(f"anomaly maps are no longer finite; {DIVERGED_REMEDY}")
+        return maps
 
 
 def at_mask_size(maps: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ def run_script(main: Callable[[], None]) -> None:
     except torch.OutOfMemoryError:
         remedy = "lower --batchSize or --imageSize, or keep --saveMemory true"
         sys.exit(_fail(f"{name}: error: out of GPU memory; {remedy}", 2))
+    except OSError as error:  # a full disk, a folder that went away
+        sys.exit(_fail(f"{name}: error: {error}", 1))
     except KeyboardInterrupt:
         sys.exit(_fail(f"{name}: interrupted", 130))
 

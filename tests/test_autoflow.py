@@ -205,6 +205,37 @@ def test_log_dets_that_come_in_get_their_gradient():
     assert logdets[1].grad is None
 
 
+class PerSample(InvertibleModule):
+    """Keeps one log-det per sample, of all states together."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_factor = nn.Parameter(torch.full((4,), 0.2))
+
+    def forward(self, inputs, logdets=None):
+        outputs = tuple(x * self.log_factor.exp() for x in inputs)
+        return outputs, logdets and (logdets[0] + len(inputs) * self.log_factor.sum(),)
+
+    def inverse(self, outputs, logdets=None):
+        inputs = tuple(x * (-self.log_factor).exp() for x in outputs)
+        return inputs, logdets and (logdets[0] - len(outputs) * self.log_factor.sum(),)
+
+
+def test_log_dets_may_have_any_number_and_shape():
+    blocks = [PerSample().double() for _ in range(3)]
+    gradients = []
+    for chain in (SequentialNF(*blocks), SequentialNet(*blocks)):
+        chain.zero_grad(set_to_none=True)
+        inputs = make_inputs()
+        values, (total,) = chain(inputs, (torch.zeros(8, dtype=torch.float64),))
+        torch.testing.assert_close(
+            total.detach(), torch.full((8,), 3 * 2 * 4 * 0.2, dtype=torch.float64)
+        )
+        (total.square().sum() + values[1].sum()).backward()
+        gradients.append([p.grad for p in chain.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
 def test_freezing_and_unfreezing_after_construction():
     chain, other = make_pair()
     for frozen in ([0, 1], [3], []):

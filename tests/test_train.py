@@ -214,6 +214,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
     assert all(torch.isfinite(x).all() for x in checkpoint["model"].values())
 
 
+@pytest.mark.usefixtures("widget")
+def test_weights_that_are_not_finite_stop_the_run(tmp_path, run_main, monkeypatch):
+    def breaks_the_weights(model, optimizer, batches):
+        next(model.flow.parameters()).data.fill_(math.nan)
+        return 1.0
+
+    monkeypatch.setattr(train, "train_one_epoch", breaks_the_weights)
+    code, _, err = run_main(train.main, flags(tmp_path))
+    assert code == 1
+    assert "anomaly maps are no longer finite" in err
+    assert not (only_run(tmp_path) / "last.pt").exists()
+
+
 # ----------------------------------------------------------------------------------- bad input
 
 
@@ -233,6 +246,7 @@ def assert_refused(tmp_path, result, message):
         (["--datapath", "nowhere"], "`make demo`"),
         (["--datapath", "nowhere"], "https://www.mvtec.com"),
         (["--cls", "gadget"], "classes there: widget"),
+        (["--cls", "../data/widget"], "classes there: widget"),
         (["--batchSize", 1], "use at least 2"),
         (["--batchSize", 7], "more than the 6 training images; use 2 to 6"),
         (["--imageSize", 30, "--numLayer", 4], "the nearest sizes that work: 24 and 32"),
