@@ -21,7 +21,7 @@ test: .venv/test.stamp
 	touch .venv/demo.stamp $@
 
 clean:
-	rm -rf .venv demo_data saveDir
+	rm -rf .venv demo_data
 
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -51,6 +51,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -188,7 +189,10 @@ class CouplingModule(InvertibleModule):
     def _parameters_of(self, tensors: Sequence[Tensor]) -> Tensors:
         others = tuple(None if i == self.target else x for i, x in enumerate(tensors))
         dtype = tensors[self.target].dtype
-        return tuple(parameter.to(dtype) for parameter in self.transform_parameters(others))
+        parameters = self.transform_parameters(others)
+        if isinstance(parameters, Tensor):
+            raise TypeError(f"{type(self).__name__}.transform_parameters must return a tuple of tensors")
+        return tuple(parameter.to(dtype) for parameter in parameters)
 
     def _transform(self, tensors, logdets, parameters, reverse):
         target = self.target
@@ -220,13 +224,13 @@ class _Chain(InvertibleModule):
         return len(self._modules)
 
     def __getitem__(self, index: int) -> InvertibleModule:
-        return list(self._modules.values())[index]
+        return list(self._modules.values())[operator.index(index)]
 
     def __iter__(self) -> Iterator[InvertibleModule]:
         return iter(self._modules.values())
 
     def _in_order(self, reverse: bool) -> list[tuple[str, InvertibleModule]]:
-        modules = list(self.named_children())
+        modules = list(self._modules.items())  # named_children() would skip repetitions
         return modules[::-1] if reverse else modules
 
 
@@ -256,6 +260,8 @@ class SequentialNF(_Chain):
     Raises:
         RuntimeError: in the backward pass with `create_graph=True`; second-order gradients need
             `SequentialNet`.
+            And where parameters, or a block's mode, changed between forward and backward pass: the
+            blocks could not be undone.
         TypeError: a module changed the dtype of the states.
     """
 
@@ -295,6 +301,7 @@ class _Call:
     random_states: list[list[Tensor]] = field(default_factory=list)
     logdet_shapes: list[torch.Size] = field(default_factory=list)
     parameter_ids: list[int] = field(default_factory=list)
+    fingerprints: list[list] = field(default_factory=list)
     autocast: dict = field(default_factory=dict)
 
 
@@ -322,6 +329,7 @@ class _BackpropagationByInversion(torch.autograd.Function):
                 arguments = values
                 values, logdets = _run([(name, module)], arguments, logdets, call.reverse)
                 needs_grad = _results_need_grad(module, arguments, values, needs_grad, wanted)
+        call.fingerprints = [_fingerprint(module) for _, module in call.order]
         call.num_outputs = len(values)
         call.logdet_shapes = [x.shape for x in logdets or ()]
         ctx.call = call
@@ -348,11 +356,16 @@ class _BackpropagationByInversion(torch.autograd.Function):
         device = values[0].device
         with _random_state_kept(device, call.preserve_rng_state), torch.autocast(**call.autocast):
             for i in reversed(range(len(call.order))):
-                _, module = call.order[i]
+                name, module = call.order[i]
                 parameters = [p for p in module.parameters() if id(p) in wanted]
                 if not parameters and not any(call.needs_grad[i]):
                     value_grads = [None] * call.num_inputs
                     break  # nothing from here back learns
+                if _fingerprint(module) != call.fingerprints[i]:
+                    raise RuntimeError(
+                        f"block {name} ({type(module).__name__}) was changed between forward and backward "
+                        "pass (parameters in place, or train()/eval()), so it cannot be undone"
+                    )
                 if call.preserve_rng_state:
                     _set_random_state(call.random_states[i], device)
                 values, value_grads = _backpropagate_block(
@@ -383,7 +396,9 @@ def _backpropagate_block(
             results, zeros, call.reverse, needs_grad
         )
         targets = [x for x, need in zip(arguments, needs_grad, strict=True) if need] + parameters
-        pairs = zip(recomputed + (terms or ()), (*result_grads, *logdet_grads), strict=False)
+        pairs = list(zip(recomputed, result_grads, strict=True))
+        if terms is not None:
+            pairs += zip(terms, logdet_grads, strict=True)
         pairs = [(x, grad) for x, grad in pairs if grad is not None and x.requires_grad]
         if pairs and targets:
             outputs, grads = zip(*pairs, strict=True)
@@ -408,14 +423,26 @@ def _apply(module: InvertibleModule, values: Tensors, logdets: LogDets, reverse:
 
 def _run(order, values: Tensors, logdets: LogDets, reverse: bool) -> tuple[Tensors, LogDets]:
     for name, module in order:
-        dtype = values[0].dtype
+        dtypes = {x.dtype for x in values}
         values, logdets = _apply(module, values, logdets, reverse)
-        if values[0].dtype != dtype:
+        if not {x.dtype for x in values} <= dtypes:
             raise TypeError(
-                f"block {name} ({type(module).__name__}) turned {dtype} states into "
-                f"{values[0].dtype}; cast its network's output back (under autocast too)"
+                f"block {name} ({type(module).__name__}) turned {dtypes} states into "
+                f"{ {x.dtype for x in values} }; cast its network's output back (under autocast too)"
             )
     return values, logdets
+
+
+def _fingerprint(module: nn.Module) -> list:
+    """What undoing relies on: the mode, the versions of parameters, and of buffers that eval mode reads."""
+    return [
+        (
+            m.training,
+            [p._version for p in m._parameters.values() if p is not None],
+            [b._version for b in m._buffers.values() if b is not None and not m.training],
+        )
+        for m in module.modules()
+    ]
 
 
 def _results_need_grad(module, arguments, results, needs_grad, wanted) -> list[bool]:
@@ -531,7 +558,7 @@ def reconstruction_errors(
     with _random_state_kept(inputs[0].device, enabled=True):
         alone32, accumulated = _block_errors(chain, inputs, torch.float32)
         alone64, _ = _block_errors(chain, inputs, torch.float64)
-    names = [name for name, _ in chain.named_children()]
+    names = list(chain._modules)
     errors = [
         ReconstructionError(*row) for row in zip(names, alone32, alone64, accumulated, strict=True)
     ]

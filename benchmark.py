@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_iter
 
 from autoFlow import CouplingModule, SequentialNet, SequentialNF
 from model import PyramidFlow, PyramidFlowConfig, fourier_loss
-from util import InputError, atomic_path, choose_device, describe_environment, run_script
+from util import InputError, atomic_path, choose_device, describe_environment, run_script, whole_number
 
 MIB = 2**20
 CHAINS = ("SequentialNF", "SequentialNet", "checkpoint")
@@ -54,8 +54,12 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("docs/benchmarks"), help="folder [docs/benchmarks]"
     )
-    parser.add_argument("--repeats", type=int, default=7, help="interleaved repetitions of a timing [7]")
-    parser.add_argument("--maxStacks", type=int, default=16, help="memory: deepest model [16]")
+    parser.add_argument(
+        "--repeats", type=whole_number(1), default=7, help="interleaved repetitions of a timing [7]"
+    )
+    parser.add_argument(
+        "--maxStacks", type=whole_number(1), default=16, help="memory: deepest model [16]"
+    )
     parser.add_argument(
         "--model", choices=sorted(DEFAULT_MODELS), default="fnf", help="autoflow: default model"
     )
@@ -124,7 +128,8 @@ def measure_in_own_process(chain: str, stacks: int, gpu: str) -> Memory:
     command = [sys.executable, __file__, "memory", "--gpu", gpu, "--case", chain, str(stacks)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise InputError(f"{chain} with {stacks} stacks failed: {done.stderr.strip().splitlines()[-1]}")
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise InputError(f"{chain} with {stacks} stacks failed ({reason}); lower --maxStacks")
     return Memory(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -146,12 +151,7 @@ def measure_memory(chain: str, stacks: int, device: torch.device) -> Memory:
     resident = _peak_resident() - before - sum(p.grad.nbytes for p in model.flow.parameters())
     saved = saved_bytes(model, images)
     if device.type == "cuda":
-        model.zero_grad(set_to_none=True)
-        torch.cuda.reset_peak_memory_stats(device)
-        start = torch.cuda.memory_allocated(device)
-        step()
-        gradients = sum(p.grad.nbytes for p in model.flow.parameters())
-        activations = torch.cuda.max_memory_allocated(device) - start - gradients
+        activations = _cuda_peak(step, device)
         resident = 0
     else:
         model.zero_grad(set_to_none=True)
@@ -159,6 +159,14 @@ def measure_memory(chain: str, stacks: int, device: torch.device) -> Memory:
             step()
         activations = recorder.peak(without=[p.grad for p in model.flow.parameters()])
     return Memory(activations / MIB, saved / MIB, resident / MIB)
+
+
+def _cuda_peak(step: Callable[[], None], device: torch.device) -> int:
+    """Peak above what lived before, which the last step's gradients belong to."""
+    torch.cuda.reset_peak_memory_stats(device)
+    start = torch.cuda.memory_allocated(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) - start
 
 
 def _peak_resident() -> int:
@@ -418,12 +426,12 @@ def peer_table(repeats: int, device: torch.device) -> str:
         "| library | offers | step (ms) | ratio | activations (MiB) | difference |",
         "|---|---|---|---|---|---|",
     ]
-    reference = gradients["SequentialNet"]
     for name in PEERS:
         if name in failed:
             lines.append(f"| {name} | {PEER_ABILITIES[name]} | failed: {failed[name]} | | | |")
             continue
         ratio = _median_ratio(times[name], times["SequentialNet"])
+        reference = gradients["SequentialNet"]
         difference = float((gradients[name] - reference).abs().max() / reference.abs().max())
         lines.append(
             f"| {name} | {PEER_ABILITIES[name]} | {1e3 * statistics.median(times[name]):.0f} | {ratio:.2f} | "
@@ -445,13 +453,9 @@ def _training_step(
 
 def step_memory(step: Callable[[], None], networks: nn.Module, device: torch.device) -> int:
     """Bytes: peak of living tensors in a step, without weights and their gradients."""
-    networks.zero_grad(set_to_none=True)
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        start = torch.cuda.memory_allocated(device)
-        step()
-        gradients = sum(p.grad.nbytes for p in networks.parameters())
-        return torch.cuda.max_memory_allocated(device) - start - gradients
+        return _cuda_peak(step, device)
+    networks.zero_grad(set_to_none=True)
     with AllocationRecorder() as recorder:
         step()
     return recorder.peak(without=[p.grad for p in networks.parameters()])

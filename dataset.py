@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from util import InputError, progress
+from util import InputError, progress, size_text
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -85,7 +85,7 @@ def open_class(datapath: Path, name: str) -> AnomalyClass:
             "or try `make demo`, which needs no download"
         )
     folder = datapath / name
-    if name != Path(name).name or not folder.is_dir():
+    if name in ("", ".", "..") or name != Path(name).name or not folder.is_dir():
         present = [p.name for p in sorted(datapath.iterdir()) if (p / "train").is_dir()]
         have = f"classes there: {', '.join(present)}" if present else "no class folders there"
         raise InputError(f"no class {name!r} in {datapath}; {have}")
@@ -98,22 +98,22 @@ def open_class(datapath: Path, name: str) -> AnomalyClass:
 def _list_images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and _visible(p))
+
+
+def _visible(path: Path) -> bool:
+    return not path.name.startswith(".")  # .ipynb_checkpoints, ._000.png and their like are no data
 
 
 def _list_test(folder: Path) -> list[TestImage]:
     test_folder, mask_folder = folder / "test", folder / "ground_truth"
-    kinds = sorted(p.name for p in test_folder.iterdir() if p.is_dir()) if test_folder.is_dir() else []
-    images = [
-        TestImage(path, kind, None if kind == "good" else _find_mask(mask_folder / kind, path.stem))
-        for kind in kinds
-        for path in _list_images(test_folder / kind)
-    ]
+    kinds = sorted(filter(_visible, test_folder.iterdir())) if test_folder.is_dir() else []
+    images = [image for folder in kinds for image in _list_kind(folder, mask_folder / folder.name)]
     if not images:
         raise InputError(
             f"no test images in {test_folder}; it needs folders such as good/ and a defect's"
         )
-    class_has_masks = any(image.mask for image in images)
+    class_has_masks = mask_folder.is_dir() and any(map(_list_images, mask_folder.iterdir()))
     for image in images:
         if class_has_masks and image.defective and image.mask is None:
             raise InputError(
@@ -123,14 +123,14 @@ def _list_test(folder: Path) -> list[TestImage]:
     return images
 
 
-def _find_mask(folder: Path, stem: str) -> Path | None:
-    for name in (f"{stem}_mask", stem):
-        for suffix in IMAGE_SUFFIXES:
-            for spelling in (suffix, suffix.upper()):
-                path = folder / (name + spelling)
-                if path.is_file():
-                    return path
-    return None
+def _list_kind(folder: Path, mask_folder: Path) -> list[TestImage]:
+    """The test images of one kind, each with the mask `<name>_mask` or `<name>`."""
+    kind = folder.name
+    masks = {path.stem: path for path in _list_images(mask_folder) if kind != "good"}
+    return [
+        TestImage(path, kind, masks.get(f"{path.stem}_mask", masks.get(path.stem)))
+        for path in _list_images(folder)
+    ]
 
 
 # ----------------------------------------------------------------------------- reading images
@@ -190,9 +190,9 @@ def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
         InputError: not a readable image.
     """
     image = _open(path)
-    if image.mode[0] in "IF":  # 16 or 32 bit gray: PIL's own conversion would clip, not scale
+    if image.mode[0] in "IF":  # PIL's own conversion of 16 and 32 bit gray would clip, not scale
         array = np.asarray(image, dtype=np.float64)
-        full_scale = 65535.0 if image.mode[0] == "I" else max(float(array.max()), 1.0)
+        full_scale = 65535 if image.mode[0] == "I" else _full_scale(array)
         image = Image.fromarray((array / full_scale * 255).clip(0, 255).round().astype(np.uint8))
     return np.array(image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR))
 
@@ -207,14 +207,21 @@ def read_mask(image: TestImage) -> np.ndarray:
     with Image.open(image.path) as original:
         if mask.size != original.size:
             raise InputError(
-                f"mask {image.mask} is {_by(mask.size)}, its image {_by(original.size)}; they must agree"
+                f"mask {image.mask} is {size_text(mask.size[::-1])}, its image "
+                f"{size_text(original.size[::-1])}; they must agree"
             )
     array = np.asarray(mask.convert("L") if mask.mode[0] not in "IF1" else mask, dtype=np.float32)
-    binary = array > array.max(initial=0) / 2
+    binary = array > _full_scale(array) / 2
     resized = Image.fromarray(binary.astype(np.uint8) * 255).resize(
         MASK_SIZE[::-1], Image.Resampling.BILINEAR
     )
     return np.asarray(resized) > 127
+
+
+def _full_scale(array: np.ndarray) -> int:
+    """What white is in pixels of unknown scale: 1, 255 or 65535."""
+    highest = array.max(initial=0)
+    return 1 if highest <= 1 else 255 if highest <= 255 else 65535
 
 
 def _open(path: Path) -> Image.Image:
@@ -273,7 +280,3 @@ def flips_and_turns(square: bool, seed: int) -> Callable[[np.ndarray], np.ndarra
     for transform, own_seed in zip(transforms, seeds, strict=True):
         transform.set_random_seed(int(own_seed))
     return lambda image: np.ascontiguousarray(augment(image=image)["image"])
-
-
-def _by(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"

@@ -23,9 +23,10 @@ import skimage.transform
 from PIL import Image
 
 import train
-from util import InputError, run_script
+from util import InputError, run_script, whole_number
 
 CLASS_NAME = "gravel"
+MARKER = "made_by_demo.txt"
 IMAGE_SIZE = 256
 CROP_SIZE = 168  # pixels of the photograph that fill an image
 TRAIN_COLUMNS, TEST_COLUMNS = slice(0, 300), slice(300, 512)
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("demo_data"), help="folder of the data [demo_data]"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the data [0]")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the data [0]")
     parser.add_argument("--dataOnly", action="store_true", help="do not train")
     arguments = parser.parse_args()
     write_data_set(arguments.out, arguments.seed)
@@ -75,12 +76,15 @@ def write_data_set(out: Path, seed: int = 0) -> None:
         InputError: `out` cannot be written to, or holds something else.
     """
     folder = out / CLASS_NAME
-    if folder.exists() and not (folder / "train" / "good" / "000.png").is_file():
+    marker = folder / MARKER
+    if folder.exists() and not marker.is_file():
         raise InputError(f"{folder} exists and is not the demo's data; name another folder by --out")
     rng = np.random.default_rng(seed)
     photograph = skimage.data.gravel() / 255
     learn, test = photograph[:, TRAIN_COLUMNS], photograph[:, TEST_COLUMNS]
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.write_text("python demo.py writes this folder, and writes it again.\n")
         for i in range(NUM_TRAIN):
             _save(folder / "train" / "good" / f"{i:03}.png", good_image(learn, rng))
         for i in range(NUM_TEST_GOOD):

@@ -14,6 +14,13 @@ import scipy.ndimage
 import torch
 from torch import Tensor
 
+METRIC_NAMES = {
+    "pixel_auroc": "pixel AUROC",
+    "image_auroc": "image AUROC",
+    "pixel_pro": "PRO",
+    "pixel_pro_30": "PRO@0.3",
+    "f1_max": "F1-max",
+}
 PRO_LIMIT = 0.3  # the false-positive rate up to which the literature integrates; the paper uses 1
 
 

@@ -18,8 +18,10 @@ import torchvision
 from torch import Tensor, nn
 
 from autoFlow import CouplingModule, LogDets, SequentialNet, SequentialNF, Tensors
+from util import size_text
 
 ENCODERS = ("none", "resnet18", "resnet34")
+ENCODER_BNS = ("batch", "frozen")
 VOLUME_NORMS = ("CVN", "SVN", "none")
 RESNET_STRIDE = 4  # conv1 and maxpool each halve the image
 RESNET_CHANNELS = 64
@@ -58,6 +60,8 @@ class PyramidFlowConfig:
         object.__setattr__(self, "image_size", tuple(self.image_size))
         if self.encoder not in ENCODERS:
             raise ValueError(f"encoder {self.encoder!r} is not one of {', '.join(ENCODERS)}")
+        if self.encoder_bn not in ENCODER_BNS:
+            raise ValueError(f"encoder BN {self.encoder_bn!r} is not one of {', '.join(ENCODER_BNS)}")
         if self.volume_norm not in VOLUME_NORMS:
             raise ValueError(f"volume norm {self.volume_norm!r} is not one of {', '.join(VOLUME_NORMS)}")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
@@ -113,8 +117,10 @@ class PyramidFlow(nn.Module):
             for _ in range(config.num_stack)
             for kind, level in coupling_schedule(config.num_level)
         ]
-        chain = SequentialNF if config.save_memory else SequentialNet
-        self.flow = chain(*blocks)
+        if config.save_memory:
+            self.flow = SequentialNF(*blocks, preserve_rng_state=False)  # no block is random
+        else:
+            self.flow = SequentialNet(*blocks)
 
     def train(self, mode: bool = True) -> PyramidFlow:
         super().train(mode)
@@ -138,7 +144,7 @@ class PyramidFlow(nn.Module):
         """
         if tuple(images.shape[-2:]) != self.config.image_size:
             raise ValueError(
-                f"the model is for {_by(self.config.image_size)} images, got {_by(images.shape[-2:])}"
+                f"the model is for {size_text(self.config.image_size)} images, got {size_text(images.shape[-2:])}"
             )
         levels = self.pyramid.decompose(self.stem(images))
         zeros = tuple(torch.zeros_like(x) for x in levels) if logdets else None
@@ -175,17 +181,25 @@ def load_encoder_weights(model: PyramidFlow, state_dict: dict[str, Tensor]) -> N
     """Fill the ResNet stem from a state dict with torchvision's names; further entries are ignored.
 
     Raises:
-        ValueError: an entry is missing or has another shape.
+        ValueError: an entry is missing, has another shape, or belongs to a deeper network.
     """
-    names = {"conv1": "0", "bn1": "1", "layer1": "4"}
-    state = {}
+    children = {"0": "conv1", "1": "bn1", "4": "layer1"}
+    names = {}
     for ours in model.stem.state_dict():
         child, _, rest = ours.partition(".")
-        name = next(k for k, v in names.items() if v == child) + "." + rest
+        names[ours] = f"{children[child]}.{rest}"
+    parts = tuple(f"{child}." for child in children.values())
+    for name in state_dict:
+        if name.startswith(parts) and name not in names.values():
+            raise ValueError(f"entry {name} does not belong to a {model.config.encoder}")
+    state = {}
+    for ours, name in names.items():
         if name not in state_dict and name.endswith("num_batches_tracked"):
             continue  # files from before 2018 lack it, and nothing reads it
         if name not in state_dict:
             raise ValueError(f"no entry {name}")
+        if not isinstance(state_dict[name], Tensor):
+            raise ValueError(f"entry {name} is not a tensor")
         wanted, got = tuple(model.stem.state_dict()[ours].shape), tuple(state_dict[name].shape)
         if wanted != got:
             raise ValueError(f"entry {name} has shape {got}, {model.config.encoder} needs {wanted}")
@@ -521,8 +535,9 @@ def latent_template(model: PyramidFlow, batches: Iterable[Tensor]) -> Tensors:
 def anomaly_map(model: PyramidFlow, images: Tensor, template: Tensors) -> Tensor:
     """Anomaly map (B,H,W) of normalised images (B,3,h,w): |latent - template|, composed, channel mean.
 
-    No smoothing.  The image score is the map's maximum.
+    No smoothing.  The image score is the map's maximum.  The model is put into eval mode.
     """
+    model.eval()
     latents, _ = model(images)
     differences = (
         (z - mean).abs().mean(1, keepdim=True) for z, mean in zip(latents, template, strict=True)
@@ -568,7 +583,3 @@ def _fit_running_mean(mean: Tensor, shape: torch.Size) -> Tensor:
     if mean.numel() == 1:
         return mean.expand(shape).clone()
     return mean[:, :, ::2, ::2] if mean.shape[-1] == 2 * shape[-1] else mean
-
-
-def _by(size) -> str:
-    return "x".join(str(n) for n in size)

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dataset import IMAGENET_MEAN, IMAGENET_STD, TestImage
+from metrics import METRIC_NAMES
 from util import atomic_path
 
 PANELS_PER_KIND = 3
@@ -66,7 +67,7 @@ def save_panel(
     if mask is not None:
         parts.append(("ground truth", mask.cpu().numpy(), {"cmap": "gray", "vmin": 0, "vmax": 1}))
     figure = Figure(figsize=(2.6 * len(parts) + 0.6, 3.1), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     for axes, (name, picture, options) in zip(
         figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True
     ):
@@ -85,13 +86,7 @@ def save_curves(path: Path, rows: list[dict]) -> None:
     left, right = figure.subplots(1, 2)
     left.plot(epochs, [row["loss"] for row in rows], marker="o")
     left.set(title="training loss", xlabel="epoch")
-    names = {
-        "pixel_auroc": "pixel AUROC",
-        "image_auroc": "image AUROC",
-        "pixel_pro": "PRO",
-        "pixel_pro_30": "PRO@0.3",
-    }
-    for key, label in names.items():
+    for key, label in METRIC_NAMES.items():
         values = [row[key] for row in rows]
         if None not in values:
             right.plot(epochs, values, marker="o", label=label)

@@ -11,6 +11,7 @@ Results go to a new folder saveDir/<cls>-<date-time>/; see the README.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -35,7 +36,7 @@ from dataset import (
     open_class,
     training_batches,
 )
-from metrics import GroundTruth, Metrics, evaluate_maps
+from metrics import METRIC_NAMES, GroundTruth, Metrics, evaluate_maps
 from model import (
     ENCODERS,
     PyramidFlow,
@@ -58,6 +59,7 @@ from util import (
     save_checkpoint,
     seed_everything,
     start_log,
+    whole_number,
     write_csv,
     write_json,
 )
@@ -73,16 +75,8 @@ MAX_GRADIENT_NORM = 1.0
 EVALUATION_BATCH = 4
 
 DIVERGED_REMEDY = (
-    "the checkpoints of earlier epochs are untouched; try --volumeNorm CVN or another --seed"
+    "checkpoints of earlier epochs, if any, are untouched; try another --seed or --volumeNorm"
 )
-
-METRIC_NAMES = {
-    "pixel_auroc": "pixel AUROC",
-    "image_auroc": "image AUROC",
-    "pixel_pro": "PRO",
-    "pixel_pro_30": "PRO@0.3",
-    "f1_max": "F1-max",
-}
 
 
 def _flag(default, group: str, help: str, **options):
@@ -96,17 +90,8 @@ def _boolean(text: str) -> bool:
     return values[text.lower()]
 
 
-def _at_least(minimum: int):
-    def integer(text: str) -> int:
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {minimum} on")
-        return int(text)
-
-    return integer
-
-
 def _size(text: str) -> int | str:
-    return "auto" if text == "auto" else _at_least(1)(text)
+    return "auto" if text == "auto" else whole_number(1)(text)
 
 
 @dataclass
@@ -126,7 +111,7 @@ class Settings:
         "auto", "data", "auto: flips and turns for MVTec's five textures; none", choices=("auto", "none")
     )
     numWorkers: int = _flag(
-        min(os.cpu_count() or 1, 8), "data", "threads that read and decode images", type=_at_least(1)
+        min(os.cpu_count() or 1, 8), "data", "threads that read and decode images", type=whole_number(1)
     )
     # model
     encoder: str = _flag("resnet18", "model", "none: fixed 1x1 convolution (FNF)", choices=ENCODERS)
@@ -151,23 +136,23 @@ class Settings:
         "auto", "model", "volume normalization; auto: by class", choices=("auto", "CVN", "SVN", "none")
     )
     kernelSize: int = _flag(
-        7, "model", "kernel of the coupling blocks' convolutions, odd", type=_at_least(1)
+        7, "model", "kernel of the coupling blocks' convolutions, odd", type=whole_number(1)
     )
-    numChannel: int = _flag(16, "model", "channels with --encoder none", type=_at_least(1))
+    numChannel: int = _flag(16, "model", "channels with --encoder none", type=whole_number(1))
     numStack: int = _flag(
-        4, "model", "repetitions of the schedule of coupling blocks", type=_at_least(1)
+        4, "model", "repetitions of the schedule of coupling blocks", type=whole_number(1)
     )
     # training
-    epochs: int = _flag(15, "training", "passes over the training images", type=_at_least(1))
-    batchSize: int = _flag(2, "training", "images per step, at least 2", type=_at_least(1))
-    seed: int = _flag(0, "training", "of weights, order and augmentation", type=_at_least(0))
+    epochs: int = _flag(15, "training", "passes over the training images", type=whole_number(1))
+    batchSize: int = _flag(2, "training", "images per step, at least 2", type=whole_number(1))
+    seed: int = _flag(0, "training", "of weights, order and augmentation", type=whole_number(0))
     saveMemory: bool = _flag(
         True, "training", "backpropagate by inversion: memory does not grow with depth", type=_boolean
     )
     # running
     gpu: str = _flag("0", "running", "index of the CUDA device, or cpu")
     evalEvery: int = _flag(
-        1, "running", "epochs between evaluations; the last is always evaluated", type=_at_least(1)
+        1, "running", "epochs between evaluations; the last is always evaluated", type=whole_number(1)
     )
     saveDir: str = _flag("saveDir", "running", "folder in which the run's folder is made")
 
@@ -247,6 +232,8 @@ def main(arguments: list[str] | None = None) -> None:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
     run.log.info(describe_run(data, config))
+    for flag in flags_without_effect(settings):
+        run.log.info(f"--{flag} has no effect with --encoder {settings.encoder}")
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], **ADAM)
     augment = None
     if settings.augment == "auto" and settings.cls in MVTEC_TEXTURES:
@@ -307,11 +294,12 @@ def download_encoder_weights(encoder: str) -> dict[str, Tensor]:
     weights = torchvision.models.get_model_weights(encoder).IMAGENET1K_V1
     try:
         return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # no network, a proxy's page instead of the file, a damaged cache
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cache = Path(torch.hub.get_dir()) / "checkpoints"
         raise InputError(
-            f"cannot download {weights.url} ({reason}); give the file by --encoderWeights PATH, "
-            "or train without an encoder by --encoder none"
+            f"cannot get {weights.url} ({reason}); give the file by --encoderWeights PATH, train without an "
+            f"encoder by --encoder none, or remove a damaged copy from {cache}"
         ) from None
 
 
@@ -406,7 +394,7 @@ class Run:
     folder: Path
     settings: Settings
     config: PyramidFlowConfig
-    log: object
+    log: logging.Logger
     rows: list[dict] = field(default_factory=list)
 
     @classmethod
@@ -440,8 +428,8 @@ class Run:
         content = {
             "config": self.config.to_dict(),
             "settings": asdict(self.settings),
-            "model": model.state_dict(),
-            "template": list(template),
+            "model": {name: x.cpu() for name, x in model.state_dict().items()},
+            "template": [x.cpu() for x in template],
             "metrics": row,
         }
         save_checkpoint(self.folder / "last.pt", content)
@@ -471,8 +459,8 @@ class Run:
                 "seed": self.settings.seed,
             },
         )
-        self._save_pictures(model, template, maps, test_set)
         self.log.info("\n" + result_table(self.settings.cls, last, chosen))
+        self._save_pictures(model, template, maps, test_set)
         self.log.info(f"\nwritten to {self.folder}")
 
     def _selection(self) -> list[str]:
@@ -494,8 +482,10 @@ class Run:
         scale = pictures.colour_scale(maps)
         for i in pictures.choose_examples(test_set.data.test):
             image = test_set.data.test[i]
+            kind_folder = folder / image.kind
+            kind_folder.mkdir(exist_ok=True)
             pictures.save_panel(
-                folder / f"{image.kind}-{image.path.stem}.png",
+                kind_folder / f"{image.path.name.replace('.', '_')}.png",
                 f"{self.settings.cls}, {image.kind}/{image.path.name}",
                 test_set.images[i].numpy(),
                 image_template,
@@ -511,6 +501,12 @@ def describe_run(data: AnomalyClass, config: PyramidFlowConfig) -> str:
         f"class {data.name}: {len(data.train)} training and {len(data.test)} test images at {height}x{width}; "
         f"encoder {config.encoder}, {config.num_level} levels, {config.num_stack} stacks, {config.volume_norm}"
     )
+
+
+def flags_without_effect(settings: Settings) -> list[str]:
+    """Flags that were set although the encoder does not read them."""
+    unread = ("encoderBN", "encoderWeights") if settings.encoder == "none" else ("numChannel",)
+    return [name for name in unread if getattr(settings, name) != getattr(Settings, name)]
 
 
 def result_table(name: str, last: dict, chosen: dict[str, dict]) -> str:

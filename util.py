@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import json
@@ -44,13 +45,21 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except InputError as error:
         sys.exit(_fail(f"{name}: error: {error}", error.exit_code))
-    except torch.OutOfMemoryError:
-        remedy = "lower --batchSize or --imageSize, or keep --saveMemory true"
-        sys.exit(_fail(f"{name}: error: out of GPU memory; {remedy}", 2))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        sys.exit(
+            _fail(f"{name}: error: out of memory; use smaller images or batches, or a smaller model", 2)
+        )
     except OSError as error:  # a full disk, a folder that went away
         sys.exit(_fail(f"{name}: error: {error}", 1))
     except KeyboardInterrupt:
         sys.exit(_fail(f"{name}: interrupted", 130))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
 
 
 def _fail(line: str, code: int) -> int:
@@ -104,6 +113,22 @@ def _read_lines(path: str) -> list[str]:
         return Path(path).read_text().splitlines()
     except OSError:
         return []
+
+
+def whole_number(minimum: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `minimum` on, within 18 digits."""
+
+    def convert(text: str) -> int:
+        if not text.isdecimal() or len(text) > 18 or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {minimum} on")
+        return int(text)
+
+    return convert
+
+
+def size_text(size: Iterable[int]) -> str:
+    """(height, width) as in --imageSize, with an x."""
+    return "x".join(str(n) for n in size)
 
 
 # ----------------------------------------------------------------------------------- progress
@@ -216,14 +241,21 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Write tensors and plain values atomically, with format, version and library versions."""
+    """Write tensors and plain values atomically, with format, version and library versions.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
+    """
     header = {
         "format": CHECKPOINT_FORMAT,
         "version": CHECKPOINT_VERSION,
         "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)},
     }
     with atomic_path(path) as temporary:
-        torch.save({**header, **content}, temporary)
+        try:
+            torch.save({**header, **content}, temporary)
+        except RuntimeError as error:  # torch's own writer, on a full disk
+            raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:

@@ -186,13 +186,45 @@ def test_autograd_grad_of_inputs_and_parameters():
     torch.testing.assert_close(grads[0], grads[1])
 
 
-def test_a_log_det_that_no_loss_reads_costs_nothing_and_changes_nothing():
+def test_a_log_det_that_no_loss_reads_is_not_computed_again(monkeypatch):
+    calls = []
+    log_det = Coupling.log_det
+    monkeypatch.setattr(Coupling, "log_det", lambda *a: calls.append(1) or log_det(*a))
     chain, other = make_pair()
     inputs = make_inputs()
     for c in (chain, other):
         values, _ = c(inputs, zeros(inputs))
         values[0].sum().backward()  # neither values[1] nor the log-dets have a gradient
+        assert len(calls) == 4
+        calls.clear()
     assert_same_gradients(chain, other)
+    chain(inputs)
+    assert not calls
+
+
+@pytest.mark.parametrize("change", ["parameter", "mode", "buffer"])
+def test_a_change_between_forward_and_backward_is_an_error(change):
+    chain, _ = make_pair()
+    chain.train(change == "parameter")
+    loss = loss_of(chain(make_inputs()))
+    if change == "parameter":
+        with torch.no_grad():
+            chain[3].network[0].weight.add_(0.1)
+    elif change == "mode":
+        chain[3].train()
+    else:
+        chain[3].network[1].running_mean.add_(1.0)
+    with pytest.raises(RuntimeError, match=r"block 3 \(Coupling\) was changed between"):
+        loss.backward()
+
+
+def test_a_single_tensor_of_parameters_is_refused():
+    class Single(Coupling):
+        def transform_parameters(self, inputs):
+            return self.network(inputs[1 - self.target])
+
+    with pytest.raises(TypeError, match=r"Single\.transform_parameters must return a tuple"):
+        SequentialNF(Single(0).double())(make_inputs())
 
 
 def test_log_dets_that_come_in_get_their_gradient():
@@ -257,15 +289,26 @@ def test_blocks_before_the_first_trained_one_are_not_recomputed():
     assert [block.calls for block in chain if isinstance(block, Coupling)] == [1, 1, 2, 2]
 
 
-def test_a_parameter_shared_by_blocks_gets_the_sum():
-    chains = []
+def test_a_block_that_occurs_twice_is_applied_twice_and_gets_the_sum():
+    chains, inputs = [], make_inputs()
     for kind in (SequentialNF, SequentialNet):
         torch.manual_seed(0)
-        mix = Mix().double()
-        chain = kind(Coupling(0).double(), mix, Coupling(1).double(), mix)
-        loss_of(chain(make_inputs())).backward()
+        mix, coupling = Mix().double(), Coupling(1).double()
+        chain = kind(mix, coupling, mix)
+        values, _ = chain(inputs)
+        loss_of((values, None)).backward()
         chains.append(chain)
+    twice = SequentialNF(mix, mix)
+    torch.testing.assert_close(twice(inputs)[0], mix(mix(inputs)[0])[0])
+    torch.testing.assert_close(twice.inverse(twice(inputs)[0])[0], inputs)
     assert_same_gradients(*chains)
+    plain = sum((x**3).mean() for x in mix(coupling(mix(inputs)[0])[0])[0])
+    torch.testing.assert_close(
+        chains[0][0].log_factor.grad,
+        torch.autograd.grad(plain, mix.log_factor)[0],
+        rtol=1e-9,
+        atol=1e-10,
+    )
 
 
 def test_gradients_accumulate():
@@ -357,7 +400,7 @@ def test_autocast_cache_does_not_lose_gradients():
 def test_a_block_that_changes_the_dtype_is_named():
     class Lower(Mix):
         def forward(self, inputs, logdets=None):
-            return tuple(x.bfloat16() for x in inputs), logdets
+            return (inputs[0], inputs[1].bfloat16()), logdets
 
     with pytest.raises(TypeError, match=r"block 1 \(Lower\)"):
         SequentialNF(Mix(), Lower())(make_inputs())
@@ -368,8 +411,8 @@ def test_only_invertible_modules_are_taken():
         SequentialNF(nn.Linear(2, 2))
 
 
-def count_saved_elements(chain, inputs):
-    """Elements that autograd keeps for the backward pass, parameters aside."""
+def count_saved_bytes(chain, inputs):
+    """Bytes that autograd keeps for the backward pass, parameters aside."""
     own = {p.data_ptr() for p in chain.parameters()}
     saved = {}
 
@@ -393,8 +436,8 @@ def test_only_the_last_output_is_kept(depth, direction):
     run.forward = getattr(chain, direction)
     run.parameters = chain.parameters
     size = sum(x.nbytes for x in inputs)
-    assert count_saved_elements(run, inputs) == size
-    assert count_saved_elements(SequentialNet(*chain), inputs) > 4 * depth * size
+    assert count_saved_bytes(run, inputs) == size
+    assert count_saved_bytes(SequentialNet(*chain), inputs) > 4 * depth * size
 
 
 def test_no_activation_outlives_the_forward_pass():

@@ -44,7 +44,10 @@ def test_suffixes_in_any_case(tmp_path, name):
 def test_other_files_are_passed_over(widget):
     (widget / "train" / "good" / "Thumbs.db").write_bytes(b"x")
     (widget / "test" / "notes.txt").write_text("x")
-    assert len(open_class(widget.parent, "widget").train) == 6
+    (widget / "train" / "good" / "._000.png").write_bytes(b"x")
+    save_image(widget / "test" / ".ipynb_checkpoints" / "000.png", np.zeros((8, 8), np.uint8))
+    data = open_class(widget.parent, "widget")
+    assert (len(data.train), len(data.test)) == (6, 6)
 
 
 def test_masks_are_paired_by_name_within_the_class(tmp_path):
@@ -65,6 +68,8 @@ def test_masks_are_paired_by_name_within_the_class(tmp_path):
         ("1", 1, (255, 255, 255)),
         ("P", 0, (0, 0, 0)),
         ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
+        ("F", 0.4, (102, 102, 102)),
+        ("F", 100.0, (100, 100, 100)),
     ],
 )
 def test_image_modes(tmp_path, mode, value, expected):
@@ -155,6 +160,19 @@ def test_a_missing_mask_is_named(widget):
         open_class(widget.parent, "widget")
 
 
+def test_masks_with_other_names_are_not_taken_for_a_class_without_masks(widget):
+    for path in (widget / "ground_truth" / "hole").iterdir():
+        path.rename(path.with_name(path.name.replace("_mask", "_gt")))
+    with pytest.raises(InputError, match=r"hole/000\.png has no mask"):
+        open_class(widget.parent, "widget")
+
+
+def test_masks_may_be_named_like_their_image_in_any_case(widget):
+    for path in (widget / "ground_truth" / "hole").iterdir():
+        path.rename(path.with_name(path.name.replace("_mask.png", ".Png")))
+    assert load_masks(open_class(widget.parent, "widget"), 1)[3:].flatten(1).any(1).all()
+
+
 def test_a_mask_of_another_size_is_named(widget):
     save_image(widget / "ground_truth" / "hole" / "001_mask.png", np.zeros((8, 8), np.uint8))
     with pytest.raises(InputError, match=r"001_mask\.png is 8x8, its image 32x32"):
@@ -179,6 +197,9 @@ def test_gray_masks_are_cut_at_half_and_zero_masks_stay_empty(widget):
     save_image(
         folder / "002_mask.png", np.repeat([[0, 100, 200, 255]], 32, 0).repeat(8, 1).astype(np.uint8)
     )
+    noise = np.zeros((32, 32), np.uint8)
+    noise[0, 0] = 3
+    save_image(folder / "001_mask.png", noise)
     masks = load_masks(open_class(widget.parent, "widget"), 1)
     assert masks[3].all()
     assert not masks[4].any()

@@ -378,6 +378,7 @@ def test_anomaly_map_of_the_template_itself_is_zero():
         ({"image_size": (4, 4)}, "nearest sizes that work: 8$"),
         ({"encoder": "resnet18", "image_size": (40, 64)}, "40 is not divisible by 32 .*32 and 64"),
         ({"kernel_size": 4}, "not odd; try 5"),
+        ({"encoder_bn": "forzen"}, "'forzen' is not one of batch, frozen"),
         ({"encoder": "vgg"}, "'vgg' is not one of"),
         ({"volume_norm": "BN"}, "'BN' is not one of"),
         ({"num_level": 1}, "at least 2 levels"),
@@ -419,6 +420,9 @@ def test_an_encoder_has_no_inverse():
 def test_encoder_weights_are_taken_by_torchvisions_names():
     source, model = resnet(), resnet()
     perturb(source.stem.requires_grad_(True))
+    for name, buffer in source.stem.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 2.0)
     names = {"0": "conv1", "1": "bn1", "4": "layer1"}
     state = {names[n.split(".")[0]] + n[1:]: x for n, x in source.stem.state_dict().items()}
     load_encoder_weights(model, {**state, "fc.weight": torch.zeros(1)})
@@ -426,6 +430,10 @@ def test_encoder_weights_are_taken_by_torchvisions_names():
         assert torch.equal(x, y)
     with pytest.raises(ValueError, match=r"entry conv1\.weight has shape"):
         load_encoder_weights(model, {**state, "conv1.weight": torch.zeros(64, 1, 7, 7)})
+    with pytest.raises(ValueError, match=r"layer1\.2\.conv1\.weight does not belong to a resnet18"):
+        load_encoder_weights(model, {**state, "layer1.2.conv1.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"entry bn1\.bias is not a tensor"):
+        load_encoder_weights(model, {**state, "bn1.bias": 3})
     del state["layer1.0.conv1.weight"]
     with pytest.raises(ValueError, match=r"no entry layer1\.0\.conv1\.weight"):
         load_encoder_weights(model, state)

@@ -70,9 +70,12 @@ def test_a_run_from_the_command_line(tmp_path):
     assert result["best"]["pixel_auroc"] == max(float(row["pixel_auroc"]) for row in rows)
     assert "test" in result["best"]["chosen_on"]
 
-    pictures = {p.name for p in (run / "pictures").iterdir()}
-    assert pictures == {"curves.png", *(f"{k}-{i:03}.png" for k in ("good", "hole") for i in range(3))}
-    assert Image.open(run / "pictures" / "hole-000.png").size[0] > 600
+    pictures = {str(p.relative_to(run / "pictures")) for p in (run / "pictures").rglob("*.png")}
+    assert pictures == {
+        "curves.png",
+        *(f"{k}/{i:03}_png.png" for k in ("good", "hole") for i in range(3)),
+    }
+    assert Image.open(run / "pictures" / "hole" / "000_png.png").size[0] > 600
 
 
 @pytest.mark.usefixtures("widget")
@@ -96,6 +99,29 @@ def test_the_checkpoint_is_whole(tmp_path, run_main):
     metrics = train.evaluate_maps(maps, test_set.truth)
     for name in METRICS:
         assert getattr(metrics, name) == checkpoint["metrics"][name], name
+
+
+RELOAD = """
+import sys, torch
+from model import PyramidFlow, PyramidFlowConfig, anomaly_map
+checkpoint = torch.load(sys.argv[1], weights_only=True)
+model = PyramidFlow(PyramidFlowConfig(**checkpoint["config"]))
+model.load_state_dict(checkpoint["model"])
+images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
+torch.save(anomaly_map(model, images, checkpoint["template"]), sys.argv[2])
+"""
+
+
+@pytest.mark.usefixtures("widget")
+def test_a_fresh_process_rebuilds_the_model(tmp_path, run_main):
+    assert run_main(train.main, flags(tmp_path))[0] == 0
+    path = only_run(tmp_path) / "last.pt"
+    command = [sys.executable, "-c", RELOAD, path, tmp_path / "maps.pt"]
+    subprocess.run(list(map(str, command)), check=True, cwd=ROOT)
+    checkpoint = load_checkpoint(path)
+    images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
+    maps = model_module.anomaly_map(rebuilt(checkpoint), images, checkpoint["template"])
+    assert torch.equal(torch.load(tmp_path / "maps.pt", weights_only=True), maps)
 
 
 @pytest.mark.usefixtures("widget")
@@ -144,14 +170,22 @@ def test_only_every_nth_epoch_and_the_last_are_evaluated(tmp_path, run_main):
 def test_textures_are_augmented_and_any_size_works(tmp_path, run_main, monkeypatch):
     make_class(tmp_path / "data", "tile")
     made = []
+    augmented = []
     original = train.flips_and_turns
-    monkeypatch.setattr(train, "flips_and_turns", lambda *a: made.append(a) or original(*a))
+
+    def counting(*arguments):
+        made.append(arguments)
+        augment = original(*arguments)
+        return lambda image: augmented.append(image.shape) or augment(image)
+
+    monkeypatch.setattr(train, "flips_and_turns", counting)
     code, _, _ = run_main(
         train.main,
         flags(tmp_path, "--cls", "tile", "--imageSize", 24, 32, "--epochs", 1, "--batchSize", 3),
     )
     assert code == 0
     assert made == [(False, 0)]
+    assert augmented == [(24, 32, 3)] * 6
     assert (
         run_main(train.main, flags(tmp_path, "--cls", "tile", "--epochs", 1, "--augment", "none"))[0]
         == 0
@@ -247,6 +281,8 @@ def assert_refused(tmp_path, result, message):
         (["--datapath", "nowhere"], "https://www.mvtec.com"),
         (["--cls", "gadget"], "classes there: widget"),
         (["--cls", "../data/widget"], "classes there: widget"),
+        (["--cls", ".."], "classes there: widget"),
+        (["--seed", 2**64], "not a whole number"),
         (["--batchSize", 1], "use at least 2"),
         (["--batchSize", 7], "more than the 6 training images; use 2 to 6"),
         (["--imageSize", 30, "--numLayer", 4], "the nearest sizes that work: 24 and 32"),
@@ -318,9 +354,12 @@ def test_encoder_weights_that_do_not_fit(tmp_path, run_main, content, message):
 
 
 @pytest.mark.usefixtures("widget")
-def test_no_network_for_the_encoder_weights(tmp_path, run_main, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [OSError("<urlopen error Name or service not known>"), TimeoutError(), EOFError()]
+)
+def test_no_network_for_the_encoder_weights(tmp_path, run_main, monkeypatch, error):
     def no_network(*_, **__):
-        raise OSError("<urlopen error [Errno -2] Name or service not known>")
+        raise error
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
@@ -330,6 +369,19 @@ def test_no_network_for_the_encoder_weights(tmp_path, run_main, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------- the rest
+
+
+def test_out_of_memory_is_one_line(run_main):
+    code, _, err = run_main(lambda: torch.empty(1 << 60), [])
+    assert code == 2
+    assert "out of memory; use smaller images" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("widget")
+def test_flags_without_effect_are_said(tmp_path, run_main):
+    _, out, _ = run_main(train.main, flags(tmp_path, "--epochs", 1, "--encoderBN", "frozen"))
+    assert "--encoderBN has no effect with --encoder none" in out
 
 
 def test_run_folders_are_never_shared(tmp_path):
