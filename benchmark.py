@@ -32,7 +32,15 @@ from torch.utils._pytree import tree_iter
 
 from autoFlow import CouplingModule, SequentialNet, SequentialNF
 from model import PyramidFlow, PyramidFlowConfig, fourier_loss
-from util import InputError, atomic_path, choose_device, describe_environment, run_script, whole_number
+from util import (
+    InputError,
+    Parser,
+    atomic_path,
+    choose_device,
+    describe_environment,
+    run_script,
+    whole_number,
+)
 
 MIB = 2**20
 CHAINS = ("SequentialNF", "SequentialNet", "checkpoint")
@@ -46,9 +54,7 @@ DEFAULT_MODELS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("what", choices=("memory", "autoflow"))
     parser.add_argument("--gpu", default="0", help="index of the CUDA device, or cpu [0]")
     parser.add_argument(

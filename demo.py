@@ -11,7 +11,6 @@ with its exact mask.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import skimage.transform
 from PIL import Image
 
 import train
-from util import InputError, run_script, whole_number
+from util import InputError, Parser, run_script, whole_number
 
 CLASS_NAME = "gravel"
 MARKER = "made_by_demo.txt"
@@ -50,9 +49,7 @@ Mask = np.ndarray  # bool (256,256)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--out", type=Path, default=Path("demo_data"), help="folder of the data [demo_data]"
     )

@@ -49,6 +49,7 @@ from model import (
 from util import (
     DivergedError,
     InputError,
+    Parser,
     check_writable,
     choose_device,
     create_run_folder,
@@ -157,13 +158,8 @@ class Settings:
     saveDir: str = _flag("saveDir", "running", "folder in which the run's folder is made")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
 def parse_settings(arguments: list[str] | None = None) -> Settings:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     groups = {}
     for item in fields(Settings):
         options = dict(item.metadata)

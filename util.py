@@ -115,6 +115,16 @@ def _read_lines(path: str) -> list[str]:
         return []
 
 
+class Parser(argparse.ArgumentParser):
+    """Prints the description as written, and an error as one line."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
 def whole_number(minimum: int) -> Callable[[str], int]:
     """An argparse type: a whole number from `minimum` on, within 18 digits."""
 
