@@ -22,6 +22,8 @@ from torch import Tensor
 
 from util import InputError, progress, size_text
 
+Augmentation = Callable[[np.ndarray], np.ndarray]  # uint8 (h,w,3) -> (h,w,3)
+
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -251,7 +253,7 @@ def evaluation_batches(images: Tensor, batch_size: int, device, description: str
 
 
 def training_batches(
-    images: Tensor, batch_size: int, augment: Callable[[np.ndarray], np.ndarray] | None, device
+    images: Tensor, batch_size: int, augment: Augmentation | None, device
 ) -> Iterator[Tensor]:
     """One epoch in random order, normalised: (B,3,h,w), the last incomplete batch dropped.
 
@@ -265,9 +267,9 @@ def training_batches(
         yield normalise(batch, device)
 
 
-def flips_and_turns(square: bool, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+def flips_and_turns(square: bool, seed: int) -> Augmentation:
     """The official augmentation of textures: flips and, on square images, a random multiple of 90
-    degrees, each with probability 0.5.  (h,w,3) -> (h,w,3)."""
+    degrees, each with probability 0.5."""
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it asks the network at import
     import albumentations
 

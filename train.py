@@ -29,6 +29,7 @@ from dataset import (
     MASK_SIZE,
     MVTEC_TEXTURES,
     AnomalyClass,
+    Augmentation,
     evaluation_batches,
     flips_and_turns,
     load_images,
@@ -167,9 +168,9 @@ def parse_settings(arguments: list[str] | None = None) -> Settings:
         if item.default is not None:
             shown = "auto" if item.default == ("auto",) else item.default
             options["help"] += f" [{str(shown).lower() if isinstance(shown, bool) else shown}]"
-        groups.setdefault(group, parser.add_argument_group(group)).add_argument(
-            f"--{item.name}", default=item.default, **options
-        )
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        groups[group].add_argument(f"--{item.name}", default=item.default, **options)
     settings = Settings(**vars(parser.parse_args(arguments)))
     settings.imageSize = list(settings.imageSize)
     return settings
@@ -231,9 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
     for flag in flags_without_effect(settings):
         run.log.info(f"--{flag} has no effect with --encoder {settings.encoder}")
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], **ADAM)
-    augment = None
-    if settings.augment == "auto" and settings.cls in MVTEC_TEXTURES:
-        augment = flips_and_turns(config.image_size[0] == config.image_size[1], settings.seed)
+    augment = choose_augmentation(settings, config)
 
     for epoch in range(1, settings.epochs + 1):
         start = time.perf_counter()
@@ -251,6 +250,13 @@ def main(arguments: list[str] | None = None) -> None:
         metrics = evaluate_maps(maps, test_set.truth)
         run.record(epoch, loss, metrics, time.perf_counter() - start, model, template)
     run.finish(model, template, maps, test_set)
+
+
+def choose_augmentation(settings: Settings, config: PyramidFlowConfig) -> Augmentation | None:
+    """`--augment auto`: flips and turns for MVTec's textures, none for objects and unknown classes."""
+    if settings.augment == "none" or settings.cls not in MVTEC_TEXTURES:
+        return None
+    return flips_and_turns(config.image_size[0] == config.image_size[1], settings.seed)
 
 
 def check_batch_size(settings: Settings, num_images: int) -> None:
