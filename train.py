@@ -149,7 +149,11 @@ class Settings:
     batchSize: int = _flag(2, "training", "images per step, at least 2", type=whole_number(1))
     seed: int = _flag(0, "training", "of weights, order and augmentation", type=whole_number(0))
     saveMemory: bool = _flag(
-        True, "training", "backpropagate by inversion: memory does not grow with depth", type=_boolean
+        True,
+        "training",
+        "backpropagate by inversion: memory does not grow with depth",
+        type=_boolean,
+        metavar="{true,false}",
     )
     # running
     gpu: str = _flag("0", "running", "index of the CUDA device, or cpu")
@@ -278,8 +282,8 @@ def build_model(config: PyramidFlowConfig, settings: Settings, device: torch.dev
     model = PyramidFlow(config)
     if config.encoder != "none":
         source = settings.encoderWeights
-        weights = load_tensors(Path(source)) if source else download_encoder_weights(config.encoder)
         try:
+            weights = load_tensors(Path(source)) if source else download_encoder_weights(config.encoder)
             if not isinstance(weights, dict):
                 raise ValueError("not a state dict")
             load_encoder_weights(model, weights)

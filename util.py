@@ -294,7 +294,10 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> object:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except Exception as error:  # torch.load raises nearly anything on damaged files
-        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} cannot be read as tensors and plain values: {reason}") from None
+        raise InputError(f"{path} does not exist; name a file that does") from None
+    except (
+        Exception
+    ):  # torch.load raises nearly anything on damaged files, with reasons that explain nothing
+        raise InputError(
+            f"{path} cannot be read as tensors and plain values; it is damaged or not such a .pt file, name another"
+        ) from None
