@@ -295,9 +295,8 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> object:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; name a file that does") from None
-    except (
-        Exception
-    ):  # torch.load raises nearly anything on damaged files, with reasons that explain nothing
-        raise InputError(
-            f"{path} cannot be read as tensors and plain values; it is damaged or not such a .pt file, name another"
-        ) from None
+    except Exception:  # torch.load raises nearly anything on damaged files
+        problem = (
+            "cannot be read as tensors and plain values; it is damaged or not a .pt file, name another"
+        )
+        raise InputError(f"{path} {problem}") from None
