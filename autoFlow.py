@@ -141,7 +141,13 @@ class CouplingModule(InvertibleModule):
 
     Args:
         target: index of the tensor that is transformed.
+
+    Attributes:
+        cast_parameters: cast what `transform_parameters` returns to the target's dtype, so that states
+            keep theirs under autocast.  False leaves that to `couple`, `decouple` and `log_det`.
     """
+
+    cast_parameters = True
 
     def __init__(self, target: int):
         super().__init__()
@@ -151,8 +157,7 @@ class CouplingModule(InvertibleModule):
     def transform_parameters(self, inputs: tuple[Tensor | None, ...]) -> Tensors:
         """Parameters of the transform from all tensors but the target, which is None in `inputs`.
 
-        The only part that runs under the caller's autocast; what it returns is cast to the
-        target's dtype.
+        The only part that runs under the caller's autocast.
         """
 
     @abstractmethod
@@ -192,6 +197,8 @@ class CouplingModule(InvertibleModule):
         parameters = self.transform_parameters(others)
         if isinstance(parameters, Tensor):
             raise TypeError(f"{type(self).__name__}.transform_parameters must return a tuple of tensors")
+        if not self.cast_parameters:
+            return tuple(parameters)
         return tuple(parameter.to(dtype) for parameter in parameters)
 
     def _transform(self, tensors, logdets, parameters, reverse):

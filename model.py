@@ -9,13 +9,15 @@ Sections below follow the data.  "Eq." and "Sec." refer to Lei et al., PyramidFl
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from autoFlow import CouplingModule, LogDets, SequentialNet, SequentialNF, Tensors
 from util import size_text
@@ -23,8 +25,12 @@ from util import size_text
 ENCODERS = ("none", "resnet18", "resnet34")
 ENCODER_BNS = ("batch", "frozen")
 VOLUME_NORMS = ("CVN", "SVN", "none")
+MEMORY_FORMAT = torch.channels_last  # of every map from the image to the anomaly map
 RESNET_STRIDE = 4  # conv1 and maxpool each halve the image
 RESNET_CHANNELS = 64
+CLAMP = 2.0  # of the log-scale
+ATAN_FACTOR = 0.636  # stands for 2 / pi in the official code
+STRIP_ELEMENTS = 2**17  # per thread: a few float32 strips of this many fit a core's cache
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,16 @@ class PyramidFlow(nn.Module):
             self.flow = SequentialNF(*blocks, preserve_rng_state=False)  # no block is random
         else:
             self.flow = SequentialNet(*blocks)
+        self.to(memory_format=MEMORY_FORMAT)
+
+    def compute_networks_in(self, dtype: torch.dtype | None) -> PyramidFlow:
+        """Let the k x k convolutions run in `dtype` (bfloat16); None: in the dtype of their weights.
+
+        Weights, states, normalization, 1x1 convolutions and everything else keep their dtype.
+        """
+        for block in self.flow:
+            block.affine.compute_dtype = dtype
+        return self
 
     def train(self, mode: bool = True) -> PyramidFlow:
         super().train(mode)
@@ -146,7 +162,7 @@ class PyramidFlow(nn.Module):
             raise ValueError(
                 f"the model is for {size_text(self.config.image_size)} images, got {size_text(images.shape[-2:])}"
             )
-        levels = self.pyramid.decompose(self.stem(images))
+        levels = self.pyramid.decompose(self.stem(images.contiguous(memory_format=MEMORY_FORMAT)))
         zeros = tuple(torch.zeros_like(x) for x in levels) if logdets else None
         return self.flow(levels, zeros)
 
@@ -274,11 +290,16 @@ class CouplingBlock(CouplingModule):
     x_target <- A (exp(s) * x_target + t), with s and t from the neighbours by two convolutions:
     up(i): x_i from x_{i+1};  down(i): x_{i+1} from x_i;  dual(i): x_{i+1} from x_i and x_{i+2}.
 
+    The parameters of the coupling are the networks' raw output and the mean that volume normalization
+    subtracts; s and t exist only a strip of pixels at a time, see `_AffineCoupling`.
+
     Args:
         kind: "up", "down" or "dual".
         level: i.
         config: the architecture.
     """
+
+    cast_parameters = False  # the raw output may stay bfloat16
 
     def __init__(self, kind: str, level: int, config: PyramidFlowConfig):
         super().__init__(target=level if kind == "up" else level + 1)
@@ -289,6 +310,7 @@ class CouplingBlock(CouplingModule):
         self.computed_level = level if kind == "down" and config.volume_norm == "SVN" else self.target
         size = config.level_size(self.computed_level)
         stride = 2 if kind == "down" and self.computed_level == self.target else 1
+        self.target_size = config.level_size(self.target)
         self.affine = AffineParameters(config, sources * config.channels, size, stride)
         self.conv1x1 = InvertibleConv1x1(config.channels, config.volume_norm != "none")
 
@@ -296,33 +318,44 @@ class CouplingBlock(CouplingModule):
         return f"{self.kind}({self.level})"
 
     def transform_parameters(self, inputs: tuple[Tensor | None, ...]) -> Tensors:
+        """(raw output at the target's pixels (B,N,2C), mean of s (1,N,1) or (1,1,C))."""
         i = self.level
         if self.kind == "up":
-            return self.affine(upsampled=inputs[i + 1])
-        if self.kind == "dual":
-            return self.affine(inputs[i][:, :, ::2, ::2], upsampled=inputs[i + 2])
-        s, t = self.affine(inputs[i])
+            raw, mean = self.affine(upsampled=inputs[i + 1])
+        elif self.kind == "dual":
+            raw, mean = self.affine(inputs[i][:, :, ::2, ::2], upsampled=inputs[i + 2])
+        else:
+            raw, mean = self.affine(inputs[i])
         if self.computed_level != self.target:
-            s, t = s[:, :, ::2, ::2], t[:, :, ::2, ::2]
-        return s, t
+            raw = raw[:, :, ::2, ::2]
+        return _pixel_rows(raw), mean
 
-    def couple(self, x: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        return self.conv1x1(torch.addcmul(t, x, s.exp()))
+    def couple(self, x: Tensor, raw: Tensor, mean: Tensor) -> Tensor:
+        y = _AffineCoupling.apply(_pixel_rows(x), raw, mean, self.conv1x1.matrix(x.dtype))
+        return _as_map(y, x.shape)
 
-    def decouple(self, y: Tensor, s: Tensor, t: Tensor) -> Tensor:
-        return (self.conv1x1.inverse(y) - t) * (-s).exp()
+    def decouple(self, y: Tensor, raw: Tensor, mean: Tensor) -> Tensor:
+        matrix, rows = self.conv1x1.inverse_matrix(y.dtype), _pixel_rows(y)
+        if torch.is_grad_enabled():
+            x = _undo_affine_coupling(rows, raw, mean, matrix)
+        else:
+            x = torch.empty_like(rows)
+            for strip, *given in _strips(x, rows, raw, mean):
+                strip.copy_(_undo_affine_coupling(*given, matrix))
+        return _as_map(x, y.shape)
 
-    def log_det(self, s: Tensor, t: Tensor) -> Tensor:
-        """Per element.  The 1x1 convolution mixes channels, so its share is spread evenly on them."""
+    def log_det(self, raw: Tensor, mean: Tensor) -> Tensor:
+        """s, per element.  The 1x1 convolution mixes channels, so its share is spread evenly on them."""
+        s = _as_map(_bounded_log_scale(raw) - mean, (len(raw), self.conv1x1.channels, *self.target_size))
         if self.conv1x1.volume_normalized:
             return s  # log|det A| = 0 by construction
         return s + self.conv1x1.log_det() / self.conv1x1.channels
 
 
 class AffineParameters(nn.Module):
-    """Raw log-scale and shift by two k x k convolutions; the log-scale clamped and normalised.
+    """Raw log-scale s0 and shift t by two k x k convolutions, and the mean that normalises the log-scale.
 
-    [s0, t] = conv(LeakyReLU(conv(x)));  s = VolumeNorm(clamp * 0.636 * atan(s0 / clamp)).
+    [s0, t] = conv(LeakyReLU(conv(x)));  s = b - mean(b) with b = clamp * 0.636 * atan(s0 / clamp).
 
     The input is a map, a nearest-upsampled smaller map, or both (their concatenation).
 
@@ -333,8 +366,6 @@ class AffineParameters(nn.Module):
         stride: of the second convolution.
     """
 
-    clamp = 2.0
-
     def __init__(self, config: PyramidFlowConfig, in_channels: int, size, stride: int):
         super().__init__()
         k, width = config.kernel_size, 2 * config.channels
@@ -342,76 +373,59 @@ class AffineParameters(nn.Module):
         self.conv2 = nn.Conv2d(width, width, k, padding=k // 2, stride=stride, bias=False)
         nn.init.zeros_(self.conv2.weight)  # the untrained block is its 1x1 convolution alone
         self.norm = VolumeNorm(config.volume_norm, config.channels, size)
+        self.compute_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor | None = None, upsampled: Tensor | None = None) -> Tensors:
-        """x (B,C,H,W) and/or `upsampled` (B,C,H/2,W/2) -> (s, t)."""
-        hidden = F.leaky_relu(self._first(x, upsampled), 0.01)
-        raw = self.conv2(hidden)
-        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))  # autocast ends here
-        s, t = raw.chunk(2, dim=1)
-        s = self.clamp * 0.636 * torch.atan(s / self.clamp)
-        return self.norm(s), t
+        """x (B,I,H,W) and/or `upsampled` (B,I,H/2,W/2) -> (raw [s0, t] (B,2C,H,W), mean of b)."""
+        own = other = self.conv1.weight
+        if x is not None and upsampled is not None:
+            own, other = own.split([x.shape[1], upsampled.shape[1]], dim=1)
+        hidden = None
+        if x is not None:
+            hidden = F.conv2d(self._cast(x), self._cast(own), padding=self.conv1.padding)
+        if upsampled is not None:
+            kernel = self._cast(kernel_for_upsampled(other))
+            part = conv2d_of_upsampled(self._cast(upsampled), kernel)
+            hidden = part if hidden is None else hidden.add_(part)
+        hidden = F.leaky_relu(hidden, 0.01, inplace=True)
+        weight = self._cast(self.conv2.weight)
+        raw = F.conv2d(hidden, weight, stride=self.conv2.stride, padding=self.conv2.padding)
+        return raw, self.norm(_pixel_rows(raw))
 
-    def _first(self, x: Tensor | None, upsampled: Tensor | None) -> Tensor:
-        weight, padding = self.conv1.weight, self.conv1.padding
-        if upsampled is None:
-            return F.conv2d(x, weight, padding=padding)
-        if x is None:
-            return conv2d_of_upsampled(upsampled, weight)
-        own, other = weight.split([x.shape[1], upsampled.shape[1]], dim=1)
-        return F.conv2d(x, own, padding=padding) + conv2d_of_upsampled(upsampled, other)
+    def _cast(self, x: Tensor) -> Tensor:
+        return x.to(self.compute_dtype or x.dtype, memory_format=MEMORY_FORMAT)
 
 
-def conv2d_of_upsampled(x: Tensor, weight: Tensor) -> Tensor:
+def kernel_for_upsampled(weight: Tensor) -> Tensor:
+    """(O,I,k,k) -> (I,O,k+1,k+1): the kernel of `conv2d_of_upsampled`.
+
+    An input pixel stands for 2x2 pixels of the upsampled map, so the weights it meets add up.
+    """
+    summed = 4 * F.avg_pool2d(weight, 2, stride=1, padding=1)
+    return summed.flip(-2, -1).transpose(0, 1)
+
+
+def conv2d_of_upsampled(x: Tensor, kernel: Tensor) -> Tensor:
     """ "Same" convolution of the nearest-upsampled map, computed on the small map.
 
-    Equal to F.conv2d(F.interpolate(x, scale_factor=2), weight, padding=k // 2): an output pixel sees
-    each small pixel through up to four taps, whose weights add up.  Each of the four output phases
-    is a convolution with (k // 2 + 1)^2 taps, together about a third of the work at k = 7.
+    F.conv2d(F.interpolate(x, scale_factor=2), weight, padding=k // 2) as one transposed convolution, with
+    about a third of the work at k = 7.
 
     Args:
         x: (B,I,n,m).
-        weight: (O,I,k,k), k odd.
+        kernel: from `kernel_for_upsampled`, of weights (O,I,k,k), k odd.
 
     Returns:
         (B,O,2n,2m).
     """
-    (out_channels, in_channels, k, _), (n, m) = weight.shape, x.shape[-2:]
-    radius = k // 2
-    select = _phase_taps(k).to(weight)
-    small = torch.einsum("pak,qbl,oikl->pqoiab", select, select, weight)
-    small = small.reshape(4 * out_channels, in_channels, radius + 1, radius + 1)
-    shift = radius % 2  # an odd radius lets the odd phase start one small pixel later
-    phases = F.conv2d(x, small, padding=(radius + 1) // 2).chunk(4, dim=1)
-    rows = [
-        torch.stack(
-            [
-                phases[2 * p + q][:, :, p * shift : p * shift + n, q * shift : q * shift + m]
-                for q in (0, 1)
-            ],
-            dim=-1,
-        ).flatten(-2)
-        for p in (0, 1)
-    ]
-    return torch.stack(rows, dim=-2).flatten(-3, -2)
-
-
-def _phase_taps(k: int) -> Tensor:
-    """(2, k//2+1, k): which of the k taps fall on which small pixel, for even and odd outputs."""
-    radius = k // 2
-    taps = torch.zeros(2, radius + 1, k)
-    for phase in (0, 1):
-        start = (phase - radius) // 2
-        for d in range(k):
-            taps[phase, (phase + d - radius) // 2 - start, d] = 1
-    return taps
+    return F.conv_transpose2d(x, kernel, stride=2, padding=kernel.shape[-1] // 2 - 1)
 
 
 class VolumeNorm(nn.Module):
-    """Subtract a mean, so that the volume change averages to zero (Sec. 3.3); never divide.
+    """The mean to subtract from s, so that the volume change averages to zero (Sec. 3.3); never divide.
 
     CVN: mean over batch and channels, per pixel.  SVN: mean over batch and space, per channel.
-    Training uses the batch's mean and moves the running mean, eval uses the running mean.
+    Training gives the batch's mean and moves the running mean, eval gives the running mean.
 
     Args:
         kind: "CVN", "SVN" or "none".
@@ -423,19 +437,20 @@ class VolumeNorm(nn.Module):
 
     def __init__(self, kind: str, channels: int, size: tuple[int, int]):
         super().__init__()
-        self.dims = {"CVN": (0, 1), "SVN": (0, 2, 3), "none": None}[kind]
+        self.kind = kind
         shape = {"CVN": (1, 1, *size), "SVN": (1, channels, 1, 1), "none": None}[kind]
         self.register_buffer("running_mean", None if shape is None else torch.zeros(shape))
 
-    def forward(self, s: Tensor) -> Tensor:
-        """(B,C,H,W) -> (B,C,H,W)."""
-        if self.dims is None:
-            return s
+    def forward(self, raw: Tensor) -> Tensor:
+        """Raw output (B,N,2C) -> mean of its bounded log-scale: (1,N,1) CVN, (1,1,C) SVN, 0 without."""
+        if self.running_mean is None:
+            return raw.new_zeros(1, 1, 1, dtype=_state_dtype(raw))
         if not self.training:
-            return s - self.running_mean
-        mean = s.mean(self.dims, keepdim=True)
-        self.running_mean.lerp_(mean.detach().to(self.running_mean), self.momentum)
-        return s - mean
+            return _pixel_rows(self.running_mean)
+        mean = _MeanLogScale.apply(raw, self.kind == "CVN")
+        update = mean.detach().to(self.running_mean.dtype)
+        self.running_mean.lerp_(update.view(self.running_mean.shape), self.momentum)
+        return mean
 
 
 class InvertibleConv1x1(nn.Module):
@@ -460,17 +475,17 @@ class InvertibleConv1x1(nn.Module):
         self.register_buffer("permutation", permutation)
         self.register_buffer("sign", diagonal.sign())
 
-    def forward(self, x: Tensor) -> Tensor:
-        lower, upper = self._factors(x.dtype)
-        return F.conv2d(x, (self.permutation.to(x.dtype) @ lower @ upper)[:, :, None, None])
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """A, (C,C)."""
+        lower, upper = self._factors(dtype)
+        return self.permutation.to(dtype) @ lower @ upper
 
-    def inverse(self, y: Tensor) -> Tensor:
-        """Undo `forward`; the matrix is inverted in float64, by triangular solves."""
+    def inverse_matrix(self, dtype: torch.dtype) -> Tensor:
+        """The inverse of A, by triangular solves in float64."""
         lower, upper = self._factors(torch.float64)
-        weight = self.permutation.to(torch.float64).T
-        weight = torch.linalg.solve_triangular(lower, weight, upper=False, unitriangular=True)
-        weight = torch.linalg.solve_triangular(upper, weight, upper=True)
-        return F.conv2d(y, weight.to(y.dtype)[:, :, None, None])
+        inverse = self.permutation.to(torch.float64).T
+        inverse = torch.linalg.solve_triangular(lower, inverse, upper=False, unitriangular=True)
+        return torch.linalg.solve_triangular(upper, inverse, upper=True).to(dtype)
 
     def log_det(self) -> Tensor:
         """log|det A|, a scalar; a map of H x W pixels has H * W times that."""
@@ -483,6 +498,127 @@ class InvertibleConv1x1(nn.Module):
         eye = torch.eye(self.channels, dtype=dtype, device=self.lower.device)
         diagonal = self.sign.to(dtype) * self._log_diagonal().to(dtype).exp()
         return self.lower.to(dtype).tril(-1) + eye, self.upper.to(dtype).triu(1) + diagonal.diag()
+
+
+# ------------------------------------------------------------------- coupling, strip by strip
+#
+# Memory bandwidth is what elementwise work on full-size maps waits for: written as one operator after the
+# other, the coupling would take longer than its convolutions in bfloat16.  So the functions below take
+# maps as rows of pixels (B,N,C), and work through strips of N that fit the processor's cache.
+
+
+def _pixel_rows(x: Tensor) -> Tensor:
+    """(B,C,H,W) -> (B,H*W,C), a view of a channels_last map."""
+    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, x.shape[1])
+
+
+def _as_map(rows: Tensor, shape: Iterable[int]) -> Tensor:
+    """(B,H*W,C) -> (B,C,H,W) of the given shape, channels_last; undoes `_pixel_rows`."""
+    batch, channels, height, width = shape
+    return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _strips(*rows: Tensor) -> Iterator[Tensors]:
+    """The same pixels of each (B,N,C), a strip at a time; means over pixels (1,1,C) whole."""
+    batch, pixels, channels = rows[0].shape
+    count = pixels
+    if not rows[0].is_cuda:
+        count = max(1, STRIP_ELEMENTS * torch.get_num_threads() // (batch * channels))
+    for start in range(0, pixels, count):
+        yield tuple(x if x.shape[1] == 1 else x[:, start : start + count] for x in rows)
+
+
+def _state_dtype(raw: Tensor) -> torch.dtype:
+    return torch.promote_types(raw.dtype, torch.float32)
+
+
+def _bounded_log_scale(raw: Tensor) -> Tensor:
+    """Raw output (B,N,2C) -> clamp * 0.636 * atan(s0 / clamp), (B,N,C), at least float32."""
+    s0 = raw[..., : raw.shape[-1] // 2].to(_state_dtype(raw))
+    return (s0 / CLAMP).atan() * (CLAMP * ATAN_FACTOR)
+
+
+def _bounded_log_scale_slope(raw: Tensor) -> Tensor:
+    """Its derivative, 0.636 / (1 + (s0 / clamp)^2)."""
+    u = raw[..., : raw.shape[-1] // 2].to(_state_dtype(raw)) * (ATAN_FACTOR**-0.5 / CLAMP)
+    return u.square_().add_(1 / ATAN_FACTOR).reciprocal_()
+
+
+class _MeanLogScale(torch.autograd.Function):
+    """Raw output (B,N,2C) -> mean of the bounded log-scale, (1,N,1) per pixel or (1,1,C) per channel."""
+
+    @staticmethod
+    def forward(ctx, raw: Tensor, per_pixel: bool) -> Tensor:
+        batch, pixels, width = raw.shape
+        ctx.save_for_backward(raw)
+        shape = (1, pixels, 1) if per_pixel else (1, 1, width // 2)
+        mean = raw.new_zeros(shape, dtype=_state_dtype(raw))
+        ctx.count = batch * pixels * (width // 2) // mean.numel()
+        for part, into in _strips(raw, mean):
+            into += _sum_to(_bounded_log_scale(part), into)
+        return mean.div_(ctx.count)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_mean: Tensor) -> tuple[Tensor, None]:
+        (raw,) = ctx.saved_tensors
+        grad_raw = torch.zeros_like(raw)
+        share = grad_mean / ctx.count
+        for part, grad, into in _strips(raw, share, grad_raw):
+            into[..., : raw.shape[-1] // 2] = _bounded_log_scale_slope(part).mul_(grad)
+        return grad_raw, None
+
+
+class _AffineCoupling(torch.autograd.Function):
+    """y = A (exp(s) * x + t), s = bounded log-scale of the raw output minus the mean.
+
+    Rows of pixels: x, y (B,N,C), raw (B,N,2C), mean (1,N,1), (1,1,C) or (1,1,1); matrix A (C,C).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, raw: Tensor, mean: Tensor, matrix: Tensor) -> Tensor:
+        ctx.save_for_backward(x, raw, mean, matrix)
+        y = torch.empty_like(x)
+        for into, x_part, raw_part, mean_part in _strips(y, x, raw, mean):
+            shift = raw_part[..., x.shape[-1] :]
+            scale = _bounded_log_scale(raw_part).sub_(mean_part).exp_()
+            into.copy_(scale.mul_(x_part).add_(shift) @ matrix.T)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y: Tensor) -> Tensors:
+        x, raw, mean, matrix = ctx.saved_tensors
+        channels = x.shape[-1]
+        grad_x, grad_raw = torch.empty_like(x), torch.empty_like(raw)
+        grad_mean, grad_matrix = torch.zeros_like(mean), torch.zeros_like(matrix)
+        strips = _strips(x, raw, mean, grad_y, grad_x, grad_raw, grad_mean)
+        for x_part, raw_part, mean_part, grad, into_x, into_raw, into_mean in strips:
+            scale = _bounded_log_scale(raw_part).sub_(mean_part).exp_()
+            scaled = scale * x_part
+            mixed = (scaled + raw_part[..., channels:]).view(-1, channels)
+            grad_matrix.addmm_(grad.reshape(-1, channels).T, mixed)
+            grad_shift = grad @ matrix
+            into_raw[..., channels:] = grad_shift
+            into_x.copy_(scale.mul_(grad_shift))
+            grad_s = scaled.mul_(grad_shift)
+            into_mean -= _sum_to(grad_s, into_mean)
+            into_raw[..., :channels] = grad_s.mul_(_bounded_log_scale_slope(raw_part))
+        return grad_x, grad_raw, grad_mean, grad_matrix
+
+
+def _undo_affine_coupling(y: Tensor, raw: Tensor, mean: Tensor, inverse_matrix: Tensor) -> Tensor:
+    """x = (A^-1 y - t) exp(-s), differentiable."""
+    s = _bounded_log_scale(raw) - mean
+    return (y @ inverse_matrix.T - raw[..., y.shape[-1] :]) * (-s).exp()
+
+
+def _sum_to(x: Tensor, like: Tensor) -> Tensor:
+    """Sum of (B,n,C) over the dimensions in which `like` has one element."""
+    for dim in (2, 0, 1):  # over channels first: the fastest order for sums per pixel
+        if like.shape[dim] == 1 and x.shape[dim] > 1:
+            x = x.sum(dim, keepdim=True)
+    return x
 
 
 # --------------------------------------------------------------------- loss, template and map
@@ -502,9 +638,14 @@ def fourier_loss(pyramid: LaplacianPyramid, latents: Tensors) -> Tensor:
     batch = latents[0].shape[0]
     if batch < 2:
         raise ValueError("the loss compares pairs of images: the batch needs at least 2")
-    i, j = torch.triu_indices(batch, batch, offset=1, device=latents[0].device)
-    squares = tuple((z[i] - z[j]).square().mean(1, keepdim=True) for z in latents)
+    squares = tuple(_pairwise_square_distances(z) for z in latents)
     return torch.fft.fft2(pyramid.compose(squares)).abs().mean()
+
+
+def _pairwise_square_distances(z: Tensor) -> Tensor:
+    """(B,C,H,W) -> (B(B-1)/2,1,H,W), mean over channels."""
+    pairs = itertools.combinations(z.split(1), 2)  # whose gradients keep the memory format
+    return torch.cat([(a - b).square().sum(1, keepdim=True) for a, b in pairs]) / z.shape[1]
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import model as model_module
 from autoFlow import SequentialNet
 from model import (
     CouplingBlock,
@@ -13,12 +14,12 @@ from model import (
     LaplacianPyramid,
     PyramidFlow,
     PyramidFlowConfig,
-    VolumeNorm,
     anomaly_map,
     conv2d_of_upsampled,
     convert_official_state_dict,
     coupling_schedule,
     fourier_loss,
+    kernel_for_upsampled,
     latent_template,
     load_encoder_weights,
 )
@@ -236,8 +237,9 @@ def test_an_untrained_block_is_its_1x1_convolution():
     levels = model.pyramid.decompose(model.stem(x))
     latents, _ = model(x)
     down, up = model.flow
-    torch.testing.assert_close(latents[0], up.conv1x1(levels[0]))
-    torch.testing.assert_close(latents[1], down.conv1x1(levels[1]))
+    for block, latent, level in ((up, latents[0], levels[0]), (down, latents[1], levels[1])):
+        matrix = block.conv1x1.matrix(torch.float32)
+        torch.testing.assert_close(latent, torch.einsum("oc,bchw->bohw", matrix, level))
 
 
 # -------------------------------------------------------------------------------------- parts
@@ -272,7 +274,7 @@ def test_convolution_of_an_upsampled_map(k):
     x = torch.randn(2, 3, 6, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, 3, k, k, dtype=torch.float64, requires_grad=True)
     plain = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=k // 2)
-    fast = conv2d_of_upsampled(x, weight)
+    fast = conv2d_of_upsampled(x, kernel_for_upsampled(weight))
     torch.testing.assert_close(fast, plain)
     cotangent = torch.randn_like(plain)
     torch.testing.assert_close(
@@ -287,7 +289,11 @@ def test_down_computes_only_what_is_read(volume_norm):
     model = small_model(num_level=2, num_stack=1, volume_norm=volume_norm).train()
     block = model.flow[0]
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    s, t = block.transform_parameters((x, None))
+    raw, mean = block.transform_parameters((x, None))
+    s = block.log_det(raw, mean)
+    if volume_norm == "none":
+        s = s - block.conv1x1.log_det() / 3
+    t = raw[..., 3:].view(2, 8, 8, 3).permute(0, 3, 1, 2)
     hidden = F.leaky_relu(F.conv2d(x, block.affine.conv1.weight, padding=1), 0.01)
     s0, t0 = F.conv2d(hidden, block.affine.conv2.weight, padding=1).chunk(2, dim=1)
     s0 = 2 * 0.636 * torch.atan(s0 / 2)
@@ -298,16 +304,42 @@ def test_down_computes_only_what_is_read(volume_norm):
     torch.testing.assert_close(t, F.interpolate(t0, scale_factor=0.5, mode="nearest"))
 
 
-@pytest.mark.parametrize(("kind", "dims"), [("CVN", (0, 1)), ("SVN", (0, 2, 3))])
-def test_volume_norm(kind, dims):
-    norm = VolumeNorm(kind, 3, (4, 5))
-    s = torch.randn(2, 3, 4, 5, requires_grad=True)
-    mean = s.mean(dims, keepdim=True)
-    torch.testing.assert_close(norm(s), s - mean)
-    torch.testing.assert_close(norm.running_mean, 0.1 * mean.detach())
-    assert norm.running_mean.grad_fn is None
-    before = norm.eval().running_mean.clone()
-    torch.testing.assert_close(norm(s), s - before)
+@pytest.mark.parametrize(("kind", "dims"), [("CVN", (0, 1)), ("SVN", (0, 2, 3)), ("none", ())])
+@pytest.mark.parametrize("strip_elements", [2**17, 48])
+def test_coupling_by_strips_equals_its_formula(kind, dims, strip_elements, monkeypatch):
+    """s = b - mean(b), b = clamp * 0.636 * atan(s0 / clamp); y = A (exp(s) x + t); with all gradients."""
+    monkeypatch.setattr(model_module, "STRIP_ELEMENTS", strip_elements)
+    model = small_model(num_level=2, num_stack=1, volume_norm=kind).train()
+    block = model.flow[1]
+    small, x = (torch.randn(2, 3, n, n, dtype=torch.float64, requires_grad=True) for n in (8, 16))
+    (y, _), _ = block((x, small))
+
+    upsampled = F.interpolate(small, scale_factor=2)
+    hidden = F.leaky_relu(F.conv2d(upsampled, block.affine.conv1.weight, padding=1), 0.01)
+    s, t = F.conv2d(hidden, block.affine.conv2.weight, padding=1).chunk(2, dim=1)
+    s = 2 * 0.636 * torch.atan(s / 2)
+    if dims:
+        mean = s.mean(dims, keepdim=True)
+        torch.testing.assert_close(block.affine.norm.running_mean, 0.1 * mean.detach())
+        assert block.affine.norm.running_mean.grad_fn is None
+        s = s - mean
+    expected = F.conv2d(x * s.exp() + t, block.conv1x1.matrix(x.dtype)[:, :, None, None])
+    torch.testing.assert_close(y, expected)
+    cotangent = torch.randn_like(y)
+    sources = [x, small, *block.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(y, sources, cotangent), torch.autograd.grad(expected, sources, cotangent)
+    )
+
+
+@pytest.mark.parametrize("kind", ["CVN", "SVN"])
+def test_eval_subtracts_the_running_mean_and_leaves_it(kind):
+    model = small_model(volume_norm=kind).eval()
+    norm = model.flow[0].affine.norm
+    norm.running_mean.uniform_(-1, 1)
+    before = norm.running_mean.clone()
+    _, mean = model.flow[0].transform_parameters(model.pyramid.decompose(images(model)))
+    assert torch.equal(mean.flatten(), before.flatten())
     assert torch.equal(norm.running_mean, before)
 
 
@@ -328,12 +360,13 @@ def test_statistics_move_once_per_step_and_never_in_eval_or_inverse(save_memory)
 def test_conv1x1_matrix(volume_normalized):
     torch.manual_seed(0)
     conv = InvertibleConv1x1(6, volume_normalized).double()
+    start = conv.matrix(torch.float64)
     unit = torch.eye(6, dtype=torch.float64)
-    start = conv(unit[:, :, None, None])[:, :, 0, 0].T
     torch.testing.assert_close(start @ start.T, unit, rtol=0, atol=1e-5)  # starts orthogonal
     perturb(conv)
-    matrix = conv(unit[:, :, None, None])[:, :, 0, 0].T
+    matrix = conv.matrix(torch.float64)
     torch.testing.assert_close(torch.linalg.slogdet(matrix)[1], conv.log_det())
+    torch.testing.assert_close(conv.inverse_matrix(torch.float64) @ matrix, unit)
     assert (abs(conv.log_det().item()) < 1e-12) == volume_normalized
 
 
