@@ -31,13 +31,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from autoFlow import CouplingModule, SequentialNet, SequentialNF
+from hardware import choose_device, describe_environment
 from model import PyramidFlow, PyramidFlowConfig, fourier_loss
 from util import (
     InputError,
     Parser,
     atomic_path,
-    choose_device,
-    describe_environment,
     run_script,
     whole_number,
 )

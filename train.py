@@ -37,6 +37,14 @@ from dataset import (
     open_class,
     training_batches,
 )
+from hardware import (
+    PRECISIONS,
+    choose_device,
+    choose_precision,
+    describe_environment,
+    keep_freed_memory,
+    network_dtype,
+)
 from metrics import METRIC_NAMES, GroundTruth, Metrics, evaluate_maps
 from model import (
     ENCODERS,
@@ -52,9 +60,7 @@ from util import (
     InputError,
     Parser,
     check_writable,
-    choose_device,
     create_run_folder,
-    describe_environment,
     load_tensors,
     progress,
     run_script,
@@ -155,6 +161,10 @@ class Settings:
         type=_boolean,
         metavar="{true,false}",
     )
+    precision: str = _flag(
+        "auto", "training", "of the flow's k x k convolutions; auto: the fastest that keeps the metrics",
+        choices=PRECISIONS,
+    )  # fmt: skip
     # running
     gpu: str = _flag("0", "running", "index of the CUDA device, or cpu")
     evalEvery: int = _flag(
@@ -218,12 +228,14 @@ def model_config(settings: Settings) -> PyramidFlowConfig:
 def main(arguments: list[str] | None = None) -> None:
     settings = parse_settings(arguments)
     device = choose_device(settings.gpu)
+    precision = choose_precision(settings.precision, device)
+    keep_freed_memory()
     config = model_config(settings)
     data = open_class(Path(settings.datapath), settings.cls)
     check_batch_size(settings, len(data.train))
     check_writable(Path(settings.saveDir))
     seed_everything(settings.seed)
-    model = build_model(config, settings, device)
+    model = build_model(config, settings, device).compute_networks_in(network_dtype(precision))
     train_images = load_images(data.train, config.image_size, settings.numWorkers, "training images")
     test_set = TestSet.load(data, config, settings.numWorkers, device)
 

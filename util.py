@@ -8,7 +8,6 @@ import csv
 import json
 import logging
 import os
-import platform
 import random
 import sys
 import tempfile
@@ -71,48 +70,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def choose_device(gpu: str) -> torch.device:
-    """`--gpu`: an index, or "cpu".  Index 0 without any CUDA device falls back to the CPU.
-
-    Raises:
-        InputError: no such device.
-    """
-    if gpu == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if gpu.isdecimal() and int(gpu) < count:
-        return torch.device("cuda", int(gpu))
-    if gpu == "0":
-        return torch.device("cpu")
-    have = f"0 to {count - 1}" if count > 1 else "only 0" if count else "none"
-    raise InputError(f"--gpu {gpu}: no such CUDA device (this machine has: {have}); or use --gpu cpu")
-
-
-def describe_environment(device: torch.device) -> list[str]:
-    """Versions and hardware, a line each."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in _read_lines("/proc/cpuinfo") if "model name" in line),
-        platform.processor() or platform.machine(),
-    )
-    lines = [
-        f"python {platform.python_version()}, torch {torch.__version__}, "
-        f"torchvision {torchvision.__version__}, numpy {np.__version__}",
-        f"cpu {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {platform.system()}",
-    ]
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        memory = properties.total_memory / 2**30
-        lines.append(f"gpu {properties.name}, {memory:.0f} GiB, CUDA {torch.version.cuda}")
-    return lines
-
-
-def _read_lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,0 +1,110 @@
+"""What the machine offers: device, precision of the convolutions, memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+from util import InputError
+
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's mallopt
+
+
+def choose_device(gpu: str) -> torch.device:
+    """`--gpu`: an index, or "cpu".  Index 0 without any CUDA device falls back to the CPU.
+
+    Raises:
+        InputError: no such device.
+    """
+    if gpu == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if gpu.isdecimal() and int(gpu) < count:
+        return torch.device("cuda", int(gpu))
+    if gpu == "0":
+        return torch.device("cpu")
+    have = f"0 to {count - 1}" if count > 1 else "only 0" if count else "none"
+    raise InputError(f"--gpu {gpu}: no such CUDA device (this machine has: {have}); or use --gpu cpu")
+
+
+def describe_environment(device: torch.device) -> list[str]:
+    """Versions and hardware, a line each."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in _read_lines("/proc/cpuinfo") if "model name" in line),
+        platform.processor() or platform.machine(),
+    )
+    features = ", ".join(_cpu_features()) or "neither AVX-512 nor AMX"
+    lines = [
+        f"python {platform.python_version()}, torch {torch.__version__}, "
+        f"torchvision {torchvision.__version__}, numpy {np.__version__}",
+        f"cpu {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {features}, "
+        f"{platform.system()}",
+    ]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        memory = properties.total_memory / 2**30
+        lines.append(f"gpu {properties.name}, {memory:.0f} GiB, CUDA {torch.version.cuda}")
+    return lines
+
+
+def _cpu_features() -> list[str]:
+    flags = next((line.split() for line in _read_lines("/proc/cpuinfo") if line.startswith("flags")), [])
+    names = {"avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX"}
+    return [name for flag, name in names.items() if flag in flags]
+
+
+def _read_lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+# ---------------------------------------------------------------------------------- precision
+
+
+def choose_precision(asked: str, device: torch.device) -> str:
+    """`--precision`, with auto settled: "fp32", "tf32" or "bf16".
+
+    auto is the fastest that leaves the metrics where fp32 has them (README, "Precision"): bf16 where the
+    device multiplies bfloat16 matrices, else fp32.
+
+    Raises:
+        InputError: the device does not have it.
+    """
+    on_cuda = device.type == "cuda"
+    ampere = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+    if asked == "tf32" and not ampere:
+        raise InputError("--precision tf32 needs an NVIDIA GPU from Ampere on; use fp32, or auto")
+    if asked != "auto":
+        return asked
+    fast_bf16 = ampere if on_cuda else bool({"AMX", "AVX-512 BF16"} & set(_cpu_features()))
+    return "bf16" if fast_bf16 else "fp32"
+
+
+def network_dtype(precision: str) -> torch.dtype | None:
+    """For `PyramidFlow.compute_networks_in`.  fp32 and tf32 differ by cuDNN's switch, which is set."""
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+# ------------------------------------------------------------------------------------- memory
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors instead of giving it back to the system each time.
+
+    A large tensor would otherwise be made of fresh pages, and touching those takes several times as long
+    as computing what is written to them.  Elsewhere than on Linux nothing happens.
+    """
+    if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
