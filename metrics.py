@@ -2,7 +2,7 @@
 
 Definitions as in MVTec's own evaluator (Bergmann et al., IJCV 2021): every distinct score is a
 threshold, ties move together, and AUPRO weighs each 8-connected defect region equally.  One sort of
-all pixels serves every metric.
+the good pixels serves every metric.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ class GroundTruth:
 
     Attributes:
         defective: (N,) bool, from the folder an image lies in.
-        region_ids: (N,H,W) int64, 0 for good pixels, regions of all images numbered from 1; None
-            if there are no masks.
+        masks: (N,H,W) bool; None if there are none.
+        regions: (P,) int64, the region of each defective pixel, in the order of `maps[masks]`.
         region_sizes: (R,) int64, pixels of each region.
     """
 
     defective: Tensor
-    region_ids: Tensor | None = None
+    masks: Tensor | None = None
+    regions: Tensor | None = None
     region_sizes: Tensor | None = None
 
     @classmethod
@@ -44,14 +45,13 @@ class GroundTruth:
         """Label the 8-connected regions of bool masks (N,H,W)."""
         if masks is None:
             return cls(defective.to(device))
-        region_ids = np.zeros(masks.shape, dtype=np.int64)
-        count = 0
+        regions, count = [np.zeros(0, np.int64)], 0
         for i in torch.nonzero(masks.flatten(1).any(1)).flatten().tolist():
             labelled, found = scipy.ndimage.label(masks[i].numpy(), structure=np.ones((3, 3)))
-            region_ids[i] = np.where(labelled > 0, labelled + count, 0)
+            regions.append(labelled[labelled > 0].astype(np.int64) + count - 1)
             count += found
-        sizes = np.bincount(region_ids.ravel(), minlength=count + 1)[1:]
-        tensors = (torch.from_numpy(region_ids), torch.from_numpy(sizes))
+        regions = torch.from_numpy(np.concatenate(regions))
+        tensors = (masks, regions, regions.bincount(minlength=count))
         return cls(defective.to(device), *(x.to(device) for x in tensors))
 
 
@@ -84,97 +84,77 @@ def evaluate_maps(maps: Tensor, truth: GroundTruth) -> Metrics:
         raise ValueError("anomaly maps hold values that are not finite")
     if len(maps) != len(truth.defective):
         raise ValueError(f"{len(maps)} maps for {len(truth.defective)} images")
-    image_curve = _Curve(maps.flatten(1).amax(1), truth.defective.long())
-    if truth.region_ids is None:
-        return Metrics(None, image_curve.auroc(), None, None, None, None)
-    if truth.region_ids.shape != maps.shape:
-        raise ValueError(f"maps {tuple(maps.shape)}, masks {tuple(truth.region_ids.shape)}")
-    curve = _Curve(maps, truth.region_ids, truth.region_sizes)
-    f1_max, threshold = curve.f1_max()
+    image_scores = maps.flatten(1).amax(1)
+    images = _Ranking(image_scores[~truth.defective], image_scores[truth.defective])
+    if truth.masks is None:
+        return Metrics(None, images.auroc(), None, None, None, None)
+    if truth.masks.shape != maps.shape:
+        raise ValueError(f"maps {tuple(maps.shape)}, masks {tuple(truth.masks.shape)}")
+    pixels = _Ranking(maps[~truth.masks], maps[truth.masks])
+    region_share = 1 / truth.region_sizes.double()[truth.regions] / len(truth.region_sizes)
+    f1_max, threshold = pixels.f1_max()
     return Metrics(
-        pixel_auroc=curve.auroc(),
-        image_auroc=image_curve.auroc(),
-        pixel_pro=curve.aupro(1.0),
-        pixel_pro_30=curve.aupro(PRO_LIMIT),
+        pixel_auroc=pixels.auroc(),
+        image_auroc=images.auroc(),
+        pixel_pro=pixels.area(region_share, 1.0),
+        pixel_pro_30=pixels.area(region_share, PRO_LIMIT),
         f1_max=f1_max,
         threshold=threshold,
     )
 
 
-class _Curve:
-    """Counts at every distinct score, highest first, each after the last of its ties.
+class _Ranking:
+    """Where each defective item stands among the good ones.  Every metric follows from that.
+
+    On the way down through the scores, the curves rise at defective items only.  One that ties with good
+    items rises along a straight line from x = `above` to x = `reached`, counted in good items.
 
     Args:
-        scores: any shape, taken as float32.
-        region_ids: same shape, int64, 0 for good.
-        region_sizes: (R,), if regions are to be weighed.
+        good, defective: scores, (G,) and (P,).
     """
 
-    def __init__(self, scores: Tensor, region_ids: Tensor, region_sizes: Tensor | None = None):
-        # Score and region travel in one 64-bit key, so that one plain sort orders both.
-        keys = _sorted(~_ordered_bits(scores.flatten()) << 32 | region_ids.flatten())
-        bits, ids = keys >> 32, keys & 0xFFFFFFFF
-        last_of_ties = torch.ones_like(bits, dtype=torch.bool)
-        torch.ne(bits[1:], bits[:-1], out=last_of_ties[:-1])
-        ends = torch.nonzero(last_of_ties).flatten()
-        self._bits = bits[ends]
-        self.flagged = ends + 1  # int64 counts are exact; float32 stops at 2^24
-        self.false_positives = (ids == 0).cumsum(0)[ends]
-        self.true_positives = self.flagged - self.false_positives
-        self.region_share = None
-        if region_sizes is not None and len(region_sizes):
-            weights = torch.cat(
-                [region_sizes.new_zeros(1, dtype=torch.float64), 1 / region_sizes.double()]
-            )
-            self.region_share = weights[ids].cumsum(0)[ends] / len(region_sizes)
+    def __init__(self, good: Tensor, defective: Tensor):
+        good = _sorted(good)
+        self.scores, self._order = defective.sort()
+        self.num_good = len(good)
+        self.above = self.num_good - torch.searchsorted(good, self.scores, right=True)
+        self.reached = self.num_good - torch.searchsorted(good, self.scores)
+
+    @property
+    def defined(self) -> bool:
+        return bool(self.num_good and len(self.scores))
 
     def auroc(self) -> float | None:
-        good, defective = int(self.false_positives[-1]), int(self.true_positives[-1])
-        if not good or not defective:
+        if not self.defined:
             return None
-        return _area(self.false_positives.double() / good, self.true_positives.double() / defective, 1.0)
+        lost = int((self.above + self.reached).sum())  # twice; integers, so exact
+        return 1 - lost / (2 * self.num_good * len(self.scores))
 
-    def aupro(self, limit: float) -> float | None:
-        """Area under (share of good pixels flagged, mean share of each region flagged), / limit."""
-        good = int(self.false_positives[-1])
-        if not good or self.region_share is None:
+    def area(self, shares: Tensor, limit: float) -> float | None:
+        """Area under (share of good items reached, sum of the shares reached) up to x = limit, / limit.
+
+        Args:
+            shares: (P,) float64 that sum to 1, in the order of `defective`.
+        """
+        if not self.defined:
             return None
-        return _area(self.false_positives.double() / good, self.region_share, limit)
+        start, end = self.above.double() / self.num_good, self.reached.double() / self.num_good
+        height = (limit - start).clamp(min=0) ** 2 / (2 * (end - start))  # a rise cut off by the limit
+        height = torch.where(end <= limit, limit - (start + end) / 2, height)
+        height = torch.where(start < limit, height, 0.0)
+        return float((shares[self._order] * height).sum()) / limit
 
     def f1_max(self) -> tuple[float | None, float | None]:
-        """(best F1, the score from which on to flag)."""
-        good, defective = int(self.false_positives[-1]), int(self.true_positives[-1])
-        if not good or not defective:
+        """(best F1, the score from which on to flag); a defective item's score is always among the best."""
+        if not self.defined:
             return None, None
-        f1 = 2 * self.true_positives.double() / (self.flagged + defective)
-        best = int(f1.argmax())
-        return float(f1[best]), float(_scores_from_bits(~self._bits[best]))
+        count = len(self.scores)
+        found = count - torch.searchsorted(self.scores, self.scores)
+        f1 = 2 * found.double() / (found + self.reached + count)
+        best = count - 1 - int(f1.flip(0).argmax())
+        return float(f1[best]), float(self.scores[best])
 
 
-def _area(x: Tensor, y: Tensor, limit: float) -> float:
-    """Trapezoids from (0,0) to x = limit, linear in between, divided by the limit; float64."""
-    x = torch.cat([x.new_zeros(1, dtype=torch.float64), x.double()])
-    y = torch.cat([y.new_zeros(1, dtype=torch.float64), y.double()])
-    inside = int(torch.searchsorted(x, limit, right=True))
-    area = float(torch.trapezoid(y[:inside], x[:inside]))
-    if inside < len(x):
-        (x0, x1), (y0, y1) = x[inside - 1 : inside + 1].tolist(), y[inside - 1 : inside + 1].tolist()
-        at_limit = y0 + (y1 - y0) * (limit - x0) / (x1 - x0)
-        area += (limit - x0) * (y0 + at_limit) / 2
-    return area / limit
-
-
-def _sorted(keys: Tensor) -> Tensor:
-    # NumPy's vectorised integer sort is over twice as fast as torch's on the CPU.
-    return keys.sort().values if keys.is_cuda else torch.from_numpy(np.sort(keys.numpy()))
-
-
-def _ordered_bits(scores: Tensor) -> Tensor:
-    """float32 -> int64 in [-2^31, 2^31) of the same order and the same ties (-0 equals 0)."""
-    bits = (scores.float() + 0.0).view(torch.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
-
-
-def _scores_from_bits(ordered: Tensor) -> Tensor:
-    bits = ordered.to(torch.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
+def _sorted(scores: Tensor) -> Tensor:
+    # NumPy's vectorised sort is several times as fast as torch's on the CPU.
+    return scores.sort().values if scores.is_cuda else torch.from_numpy(np.sort(scores.numpy()))

@@ -138,6 +138,11 @@ class PyramidFlow(nn.Module):
             block.affine.compute_dtype = dtype
         return self
 
+    @property
+    def encoder_is_constant(self) -> bool:
+        """An image always has the same feature, which is worth keeping."""
+        return self.config.encoder != "none" and self.config.encoder_bn == "frozen"
+
     def train(self, mode: bool = True) -> PyramidFlow:
         super().train(mode)
         if self.config.encoder_bn == "frozen":
@@ -145,15 +150,11 @@ class PyramidFlow(nn.Module):
         return self
 
     def forward(self, images: Tensor, logdets: bool = False) -> tuple[Tensors, LogDets]:
-        """Latent pyramid of a batch.
+        """Latent pyramid of a batch of images (B,3,h,w): `encode`, then `latents`."""
+        return self.latents(self.encode(images), logdets)
 
-        Args:
-            images: (B,3,h,w), normalised, of the configured size.
-            logdets: also give the log-determinants, one map per level, per element.
-
-        Returns:
-            (latents, log-dets): tuples of L tensors (B,C,H/2^i,W/2^i); None instead of log-dets
-            that were not asked for.
+    def encode(self, images: Tensor) -> Tensor:
+        """Features (B,C,H,W) of normalised images (B,3,h,w) of the configured size.
 
         Raises:
             ValueError: images of another size (CVN and the template are tied to one size).
@@ -162,7 +163,19 @@ class PyramidFlow(nn.Module):
             raise ValueError(
                 f"the model is for {size_text(self.config.image_size)} images, got {size_text(images.shape[-2:])}"
             )
-        levels = self.pyramid.decompose(self.stem(images.contiguous(memory_format=MEMORY_FORMAT)))
+        return self.stem(images.contiguous(memory_format=MEMORY_FORMAT))
+
+    def latents(self, features: Tensor, logdets: bool = False) -> tuple[Tensors, LogDets]:
+        """Latent pyramid of features (B,C,H,W).
+
+        Args:
+            logdets: also give the log-determinants, one map per level, per element.
+
+        Returns:
+            (latents, log-dets): tuples of L tensors (B,C,H/2^i,W/2^i); None instead of log-dets
+            that were not asked for.
+        """
+        levels = self.pyramid.decompose(features)
         zeros = tuple(torch.zeros_like(x) for x in levels) if logdets else None
         return self.flow(levels, zeros)
 
@@ -649,37 +662,37 @@ def _pairwise_square_distances(z: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def latent_template(model: PyramidFlow, batches: Iterable[Tensor]) -> Tensors:
+def latent_template(model: PyramidFlow, features: Iterable[Tensor]) -> Tensors:
     """Mean latent of un-augmented training images: L levels (1,C,H/2^i,W/2^i) (Sec. 3.4).
 
     Always to be computed with the weights it is used with.  The model is put into eval mode.
 
     Args:
-        batches: of normalised images (B,3,h,w) on the model's device.
+        features: batches (B,C,H,W) from `model.encode`.
 
     Raises:
         ValueError: no images.
     """
     model.eval()
     sums, count = None, 0
-    for images in batches:
-        latents, _ = model(images)
+    for batch in features:
+        latents, _ = model.latents(batch)
         batch_sums = [z.sum(0, keepdim=True, dtype=torch.float64) for z in latents]
         sums = batch_sums if sums is None else [a + b for a, b in zip(sums, batch_sums, strict=True)]
-        count += len(images)
+        count += len(batch)
     if sums is None:
         raise ValueError("a template needs at least one image")
     return tuple((x / count).float() for x in sums)
 
 
 @torch.no_grad()
-def anomaly_map(model: PyramidFlow, images: Tensor, template: Tensors) -> Tensor:
-    """Anomaly map (B,H,W) of normalised images (B,3,h,w): |latent - template|, composed, channel mean.
+def anomaly_map(model: PyramidFlow, features: Tensor, template: Tensors) -> Tensor:
+    """Anomaly map (B,H,W) of features (B,C,H,W): |latent - template|, composed, channel mean.
 
     No smoothing.  The image score is the map's maximum.  The model is put into eval mode.
     """
     model.eval()
-    latents, _ = model(images)
+    latents, _ = model.latents(features)
     differences = (
         (z - mean).abs().mean(1, keepdim=True) for z, mean in zip(latents, template, strict=True)
     )

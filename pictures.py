@@ -9,7 +9,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dataset import IMAGENET_MEAN, IMAGENET_STD, TestImage
+from dataset import TestImage
+from loading import IMAGENET_MEAN, IMAGENET_STD
 from metrics import METRIC_NAMES
 from util import atomic_path
 

@@ -10,269 +10,92 @@ Results go to a new folder saveDir/<cls>-<date-time>/; see the README.
 
 from __future__ import annotations
 
-import argparse
 import logging
-import os
-import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-import torchvision
 from torch import Tensor
 
 import pictures
-from dataset import (
-    MASK_SIZE,
-    MVTEC_TEXTURES,
-    AnomalyClass,
-    Augmentation,
-    evaluation_batches,
-    flips_and_turns,
-    load_images,
-    load_masks,
-    open_class,
-    training_batches,
-)
+from checkpoint import fill_encoder, save_checkpoint
+from dataset import AnomalyClass, open_class
+from evaluation import DivergedError, TestSet, features_in_order, percent, result_table
 from hardware import (
-    PRECISIONS,
     choose_device,
     choose_precision,
     describe_environment,
     keep_freed_memory,
     network_dtype,
 )
-from metrics import METRIC_NAMES, GroundTruth, Metrics, evaluate_maps
-from model import (
-    ENCODERS,
-    PyramidFlow,
-    PyramidFlowConfig,
-    anomaly_map,
-    fourier_loss,
-    latent_template,
-    load_encoder_weights,
-)
+from loading import FeatureSource, ImageStore, training_plan
+from metrics import METRIC_NAMES, Metrics, evaluate_maps
+from model import PyramidFlow, PyramidFlowConfig, fourier_loss, latent_template
+from settings import Settings, augmentation, flags_without_effect, model_config, parse_settings
 from util import (
-    DivergedError,
     InputError,
-    Parser,
     check_writable,
     create_run_folder,
-    load_tensors,
     progress,
     run_script,
-    save_checkpoint,
     seed_everything,
     start_log,
-    whole_number,
     write_csv,
     write_json,
 )
 
-# The official program's choices by class, where a flag says auto.
-AUTO_NUM_LAYER = {"metal_nut": 8, "carpet": 8, "transistor": 8, "screw": 2}
-AUTO_SVN = ("carpet", "grid", "bottle", "transistor")
-AUTO_IMAGE_SIZE = {"none": 256, "resnet18": 1024, "resnet34": 1024}
-
 # The official program's optimiser.
 ADAM = {"lr": 2e-4, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 1e-5}
 MAX_GRADIENT_NORM = 1.0
-EVALUATION_BATCH = 4
-
-DIVERGED_REMEDY = (
-    "checkpoints of earlier epochs, if any, are untouched; try another --seed or --volumeNorm"
-)
-
-
-def _flag(default, group: str, help: str, **options):
-    return field(default=default, metadata={"group": group, "help": help, **options})
-
-
-def _boolean(text: str) -> bool:
-    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(values)}")
-    return values[text.lower()]
-
-
-def _size(text: str) -> int | str:
-    return "auto" if text == "auto" else whole_number(1)(text)
-
-
-@dataclass
-class Settings:
-    """All flags of train.py, with the official names and defaults where the official program has them."""
-
-    # data
-    cls: str = _flag("tile", "data", "class to train on: a folder of --datapath")
-    datapath: str = _flag(
-        "../mvtec_anomaly_detection", "data", "folder of MVTec AD, or of any data in its layout"
-    )
-    imageSize: list = _flag(
-        ("auto",), "data", "input size, one number or H W; auto: 256 with --encoder none, else 1024",
-        type=_size, nargs="+", metavar="N",
-    )  # fmt: skip
-    augment: str = _flag(
-        "auto", "data", "auto: flips and turns for MVTec's five textures; none", choices=("auto", "none")
-    )
-    numWorkers: int = _flag(
-        min(os.cpu_count() or 1, 8), "data", "threads that read and decode images", type=whole_number(1)
-    )
-    # model
-    encoder: str = _flag("resnet18", "model", "none: fixed 1x1 convolution (FNF)", choices=ENCODERS)
-    encoderBN: str = _flag(
-        "batch", "model", "the encoder's BatchNorm: batch, the batch's statistics while training; frozen",
-        choices=("batch", "frozen"),
-    )  # fmt: skip
-    encoderWeights: str | None = _flag(
-        None,
-        "model",
-        "file of encoder weights with torchvision's names, instead of a download",
-        metavar="PATH",
-    )
-    numLayer: str = _flag(
-        "auto",
-        "model",
-        "levels of the pyramid; auto: by class",
-        choices=("auto", *"2345678"),
-        metavar="{auto,2..8}",
-    )
-    volumeNorm: str = _flag(
-        "auto", "model", "volume normalization; auto: by class", choices=("auto", "CVN", "SVN", "none")
-    )
-    kernelSize: int = _flag(
-        7, "model", "kernel of the coupling blocks' convolutions, odd", type=whole_number(1)
-    )
-    numChannel: int = _flag(16, "model", "channels with --encoder none", type=whole_number(1))
-    numStack: int = _flag(
-        4, "model", "repetitions of the schedule of coupling blocks", type=whole_number(1)
-    )
-    # training
-    epochs: int = _flag(15, "training", "passes over the training images", type=whole_number(1))
-    batchSize: int = _flag(2, "training", "images per step, at least 2", type=whole_number(1))
-    seed: int = _flag(0, "training", "of weights, order and augmentation", type=whole_number(0))
-    saveMemory: bool = _flag(
-        True,
-        "training",
-        "backpropagate by inversion: memory does not grow with depth",
-        type=_boolean,
-        metavar="{true,false}",
-    )
-    precision: str = _flag(
-        "auto", "training", "of the flow's k x k convolutions; auto: the fastest that keeps the metrics",
-        choices=PRECISIONS,
-    )  # fmt: skip
-    # running
-    gpu: str = _flag("0", "running", "index of the CUDA device, or cpu")
-    evalEvery: int = _flag(
-        1, "running", "epochs between evaluations; the last is always evaluated", type=whole_number(1)
-    )
-    saveDir: str = _flag("saveDir", "running", "folder in which the run's folder is made")
-
-
-def parse_settings(arguments: list[str] | None = None) -> Settings:
-    parser = Parser(description=__doc__)
-    groups = {}
-    for item in fields(Settings):
-        options = dict(item.metadata)
-        group = options.pop("group")
-        if item.default is not None:
-            shown = "auto" if item.default == ("auto",) else item.default
-            options["help"] += f" [{str(shown).lower() if isinstance(shown, bool) else shown}]"
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        groups[group].add_argument(f"--{item.name}", default=item.default, **options)
-    settings = Settings(**vars(parser.parse_args(arguments)))
-    settings.imageSize = list(settings.imageSize)
-    return settings
-
-
-def model_config(settings: Settings) -> PyramidFlowConfig:
-    """The architecture that the flags ask for, `auto` settled by class.
-
-    Raises:
-        InputError: the flags do not fit together.
-    """
-    size = settings.imageSize
-    if size == ["auto"]:
-        size = [AUTO_IMAGE_SIZE[settings.encoder]]
-    if len(size) > 2 or "auto" in size:
-        raise InputError("--imageSize takes auto, one number, or two (height width)")
-    num_layer, volume_norm = settings.numLayer, settings.volumeNorm
-    if num_layer == "auto":
-        num_layer = AUTO_NUM_LAYER.get(settings.cls, 4)
-    if volume_norm == "auto":
-        volume_norm = "SVN" if settings.cls in AUTO_SVN else "CVN"
-    try:
-        return PyramidFlowConfig(
-            encoder=settings.encoder,
-            encoder_bn=settings.encoderBN,
-            num_level=int(num_layer),
-            num_stack=settings.numStack,
-            num_channel=settings.numChannel,
-            kernel_size=settings.kernelSize,
-            volume_norm=volume_norm,
-            image_size=(size[0], size[-1]),
-            save_memory=settings.saveMemory,
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from None
-
-
-# ------------------------------------------------------------------------------------ training
+STEPS_BETWEEN_CHECKS = 50  # of the loss on CUDA, where looking at it makes the host wait
 
 
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_settings(arguments)
+    settings = parse_settings(__doc__, arguments)
     device = choose_device(settings.gpu)
     precision = choose_precision(settings.precision, device)
-    keep_freed_memory()
     config = model_config(settings)
     data = open_class(Path(settings.datapath), settings.cls)
     check_batch_size(settings, len(data.train))
     check_writable(Path(settings.saveDir))
+    keep_freed_memory()
     seed_everything(settings.seed)
-    model = build_model(config, settings, device).compute_networks_in(network_dtype(precision))
-    train_images = load_images(data.train, config.image_size, settings.numWorkers, "training images")
-    test_set = TestSet.load(data, config, settings.numWorkers, device)
+    model = PyramidFlow(config)
+    fill_encoder(model, settings.encoderWeights)
+    model.to(device).compute_networks_in(network_dtype(precision))
+    store = ImageStore(
+        data.train, config.image_size, settings.cache, device, settings.numWorkers, "training images"
+    )
+    train_set = FeatureSource(store, model.encode, constant=model.encoder_is_constant)
+    test_set = TestSet.load(data, model, settings.cache, settings.numWorkers, device)
 
     run = Run.start(settings, config, data, device)
     if device.type == "cpu" and settings.gpu != "cpu":
         run.log.info("no CUDA device: running on the CPU")
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
-    run.log.info(describe_run(data, config))
+    run.log.info(f"{describe_run(data, config)}, {precision}")
     for flag in flags_without_effect(settings):
         run.log.info(f"--{flag} has no effect with --encoder {settings.encoder}")
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], **ADAM)
-    augment = choose_augmentation(settings, config)
+    optimizer = make_optimizer(model)
 
     for epoch in range(1, settings.epochs + 1):
         start = time.perf_counter()
+        plan = training_plan(len(store), settings.batchSize, augmentation(settings, config))
         model.train()
-        batches = training_batches(train_images, settings.batchSize, augment, device)
-        steps = len(train_images) // settings.batchSize
-        loss = train_one_epoch(model, optimizer, progress(batches, f"epoch {epoch}", steps))
+        batches = progress(train_set.batches(plan), f"epoch {epoch}", len(plan))
+        loss = train_one_epoch(model, optimizer, batches)
         if epoch % settings.evalEvery and epoch < settings.epochs:
             run.log.info(f"epoch {epoch}: loss {loss:.4f}")
             continue
-        template = latent_template(
-            model, evaluation_batches(train_images, EVALUATION_BATCH, device, "template")
-        )
+        model.eval()
+        template = latent_template(model, features_in_order(train_set, config, "template"))
         maps = test_set.anomaly_maps(model, template)
         metrics = evaluate_maps(maps, test_set.truth)
         run.record(epoch, loss, metrics, time.perf_counter() - start, model, template)
     run.finish(model, template, maps, test_set)
-
-
-def choose_augmentation(settings: Settings, config: PyramidFlowConfig) -> Augmentation | None:
-    """`--augment auto`: flips and turns for MVTec's textures, none for objects and unknown classes."""
-    if settings.augment == "none" or settings.cls not in MVTEC_TEXTURES:
-        return None
-    return flips_and_turns(config.image_size[0] == config.image_size[1], settings.seed)
 
 
 def check_batch_size(settings: Settings, num_images: int) -> None:
@@ -285,121 +108,44 @@ def check_batch_size(settings: Settings, num_images: int) -> None:
         )
 
 
-def build_model(config: PyramidFlowConfig, settings: Settings, device: torch.device) -> PyramidFlow:
-    """The model with its encoder weights, on the device.
-
-    Raises:
-        InputError: the weights cannot be had, or do not fit.
-    """
-    model = PyramidFlow(config)
-    if config.encoder != "none":
-        source = settings.encoderWeights
-        try:
-            weights = load_tensors(Path(source)) if source else download_encoder_weights(config.encoder)
-            if not isinstance(weights, dict):
-                raise ValueError("not a state dict")
-            load_encoder_weights(model, weights)
-        except ValueError as error:
-            where = f"--encoderWeights {source}" if source else f"{config.encoder} weights"
-            raise InputError(
-                f"{where}: {error}; name a state dict of torchvision's {config.encoder}"
-            ) from None
-    return model.to(device)
-
-
-def download_encoder_weights(encoder: str) -> dict[str, Tensor]:
-    """ImageNet weights from torchvision, or from its cache."""
-    weights = torchvision.models.get_model_weights(encoder).IMAGENET1K_V1
-    try:
-        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
-    except Exception as error:  # no network, a proxy's page instead of the file, a damaged cache
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        cache = Path(torch.hub.get_dir()) / "checkpoints"
-        raise InputError(
-            f"cannot get {weights.url} ({reason}); give the file by --encoderWeights PATH, train without an "
-            f"encoder by --encoder none, or remove a damaged copy from {cache}"
-        ) from None
+def make_optimizer(model: PyramidFlow) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.Adam(parameters, **ADAM, fused=True)
 
 
 def train_one_epoch(
     model: PyramidFlow, optimizer: torch.optim.Optimizer, batches: Iterable[Tensor]
 ) -> float:
-    """One pass over the batches; the mean loss.
+    """One pass over batches of features (B,C,H,W); the mean loss.
 
     Raises:
         DivergedError: the loss is no longer finite.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    losses = []
-    for images in batches:
-        latents, _ = model(images)
-        loss = fourier_loss(model.pyramid, latents)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
-        optimizer.step()
-        losses.append(loss.detach())
-        check_finite(losses[-2:-1], len(losses) - 1)  # waits for the previous step, not for this one
-    check_finite(losses[-1:], len(losses))
+    losses: list[Tensor] = []
+    for features in batches:
+        losses.append(train_step(model, optimizer, features))
+        if losses[-1].device.type == "cpu" or len(losses) % STEPS_BETWEEN_CHECKS == 0:
+            check_finite(losses)
+    check_finite(losses)
     return torch.stack(losses).mean().item()
 
 
-def check_finite(losses: list[Tensor], step: int) -> None:
-    for loss in losses:
-        if not torch.isfinite(loss):
-            raise DivergedError(
-                f"the loss became {loss.item()} at step {step} of the epoch; {DIVERGED_REMEDY}"
-            )
+def train_step(model: PyramidFlow, optimizer: torch.optim.Optimizer, features: Tensor) -> Tensor:
+    """One step of the optimiser; the loss, still on the device: nothing here waits for it."""
+    latents, _ = model.latents(features)
+    loss = fourier_loss(model.pyramid, latents)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], MAX_GRADIENT_NORM)
+    optimizer.step()
+    return loss.detach()
 
 
-# ---------------------------------------------------------------------------------- evaluation
-
-
-@dataclass
-class TestSet:
-    """The test images of a class in memory.
-
-    Attributes:
-        data: the class.
-        images: uint8 (N,h,w,3).
-        masks: bool (N,256,256) or None.
-        truth: the masks as the metrics need them, on the device.
-        device: where maps are computed.
-    """
-
-    data: AnomalyClass
-    images: Tensor
-    masks: Tensor | None
-    truth: GroundTruth
-    device: torch.device
-
-    @classmethod
-    def load(cls, data: AnomalyClass, config: PyramidFlowConfig, num_workers: int, device) -> TestSet:
-        images = load_images(
-            [image.path for image in data.test], config.image_size, num_workers, "test images"
-        )
-        masks = load_masks(data, num_workers)
-        return cls(data, images, masks, GroundTruth.from_masks(data.defective, masks, device), device)
-
-    def anomaly_maps(self, model: PyramidFlow, template: tuple[Tensor, ...]) -> Tensor:
-        """(N,256,256) on the device.
-
-        Raises:
-            DivergedError: a score is not finite.
-        """
-        model.eval()
-        batches = evaluation_batches(self.images, EVALUATION_BATCH, self.device, "test")
-        maps = torch.cat([at_mask_size(anomaly_map(model, images, template)) for images in batches])
-        if not torch.isfinite(maps).all():
-            raise DivergedError(f"anomaly maps are no longer finite; {DIVERGED_REMEDY}")
-        return maps
-
-
-def at_mask_size(maps: Tensor) -> Tensor:
-    """(B,H,W) -> (B,256,256), where maps and masks meet."""
-    if maps.shape[-2:] == MASK_SIZE:
-        return maps
-    return F.interpolate(maps[:, None], MASK_SIZE, mode="bilinear", antialias=True)[:, 0]
+def check_finite(losses: list[Tensor]) -> None:
+    finite = torch.stack(losses[-STEPS_BETWEEN_CHECKS:]).isfinite()
+    if not finite.all():
+        step = len(losses) - len(finite) + int(finite.long().argmin())
+        raise DivergedError(f"the loss became {losses[step].item()} at step {step + 1} of the epoch")
 
 
 # ------------------------------------------------------------------------------------- the run
@@ -455,7 +201,7 @@ class Run:
             if self._best(metric) is row:
                 save_checkpoint(self.folder / f"best_{metric}.pt", content)
         write_csv(self.folder / "metrics.csv", self.rows)
-        shown = ", ".join(f"{label} {_percent(row[key])}" for key, label in METRIC_NAMES.items())
+        shown = ", ".join(f"{label} {percent(row[key])}" for key, label in METRIC_NAMES.items())
         self.log.info(f"epoch {epoch}: loss {loss:.4f}, {shown}, {seconds:.1f} s")
 
     def finish(self, model: PyramidFlow, template, maps: Tensor, test_set: TestSet) -> None:
@@ -477,7 +223,12 @@ class Run:
                 "seed": self.settings.seed,
             },
         )
-        self.log.info("\n" + result_table(self.settings.cls, last, chosen))
+        rows = [("last", last)] + [(f"best {METRIC_NAMES[m]}*", row) for m, row in chosen.items()]
+        table = result_table(
+            [(self.settings.cls, f"{row['epoch']} ({label})", row) for label, row in rows]
+        )
+        note = "Percent. *chosen on the test set, as the official program does; quote the last epoch."
+        self.log.info(f"\n{table}\n\n{note}")
         self._save_pictures(model, template, maps, test_set)
         self.log.info(f"\nwritten to {self.folder}")
 
@@ -505,11 +256,11 @@ class Run:
             pictures.save_panel(
                 kind_folder / f"{image.path.name.replace('.', '_')}.png",
                 f"{self.settings.cls}, {image.kind}/{image.path.name}",
-                test_set.images[i].numpy(),
+                test_set.store[i],
                 image_template,
                 maps[i],
                 scale,
-                None if test_set.masks is None else test_set.masks[i],
+                None if test_set.truth.masks is None else test_set.truth.masks[i],
             )
 
 
@@ -521,34 +272,8 @@ def describe_run(data: AnomalyClass, config: PyramidFlowConfig) -> str:
     )
 
 
-def flags_without_effect(settings: Settings) -> list[str]:
-    """Flags that were set although the encoder does not read them."""
-    unread = ("encoderBN", "encoderWeights") if settings.encoder == "none" else ("numChannel",)
-    return [name for name in unread if getattr(settings, name) != getattr(Settings, name)]
-
-
-def result_table(name: str, last: dict, chosen: dict[str, dict]) -> str:
-    """Markdown, percent."""
-    rows = [("last", last)] + [(f"best {METRIC_NAMES[m]}*", row) for m, row in chosen.items()]
-    lines = [
-        "| class | epoch | " + " | ".join(METRIC_NAMES.values()) + " |",
-        "|---|---|" + "---|" * len(METRIC_NAMES),
-    ]
-    for label, row in rows:
-        values = " | ".join(_percent(row[key]) for key in METRIC_NAMES)
-        lines.append(f"| {name} | {row['epoch']} ({label}) | {values} |")
-    lines.append(
-        "\nPercent. *chosen on the test set, as the official program does; quote the last epoch."
-    )
-    return "\n".join(lines)
-
-
 def _summary(row: dict) -> dict:
     return {key: row[key] for key in ("epoch", *METRIC_NAMES, "threshold")}
-
-
-def _percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{100 * value:.2f}"
 
 
 if __name__ == "__main__":

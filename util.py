@@ -1,4 +1,4 @@
-"""What every script needs and the method does not: errors, seeding, logging, run folders, checkpoints."""
+"""What every script needs and the method does not: errors, flags, seeding, progress, logging, files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from tqdm import tqdm
 
-CHECKPOINT_FORMAT = "PyramidFlow checkpoint"
-CHECKPOINT_VERSION = 1
 LOG_INTERVAL_S = 30.0  # between lines of a progress bar that is written to a file
 
 
@@ -29,12 +26,6 @@ class InputError(Exception):
     """Something the user gave cannot be used; the message is one line and names the remedy."""
 
     exit_code = 2
-
-
-class DivergedError(InputError):
-    """Training left the finite numbers; what was saved before stays."""
-
-    exit_code = 1
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -202,58 +193,3 @@ def write_csv(path: Path, rows: list[dict]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-
-# --------------------------------------------------------------------------------- checkpoints
-
-
-def save_checkpoint(path: Path, content: dict) -> None:
-    """Write tensors and plain values atomically, with format, version and library versions.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written to.
-    """
-    header = {
-        "format": CHECKPOINT_FORMAT,
-        "version": CHECKPOINT_VERSION,
-        "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)},
-    }
-    with atomic_path(path) as temporary:
-        try:
-            torch.save({**header, **content}, temporary)
-        except RuntimeError as error:  # torch's own writer, on a full disk
-            raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
-
-
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
-    """Read what `save_checkpoint` wrote; nothing in the file is executed.
-
-    Raises:
-        InputError: missing, damaged, or not such a file.
-    """
-    content = load_tensors(path, device)
-    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
-        raise InputError(f"{path} is not a PyramidFlow checkpoint; name a .pt file that train.py wrote")
-    if content.get("version") != CHECKPOINT_VERSION:
-        raise InputError(
-            f"{path} is of checkpoint version {content.get('version')}, this program reads "
-            f"{CHECKPOINT_VERSION}; train again or use the program that wrote it"
-        )
-    return content
-
-
-def load_tensors(path: Path, device: torch.device | str = "cpu") -> object:
-    """`torch.load` of tensors and plain values only.
-
-    Raises:
-        InputError: missing, damaged, or with anything else inside.
-    """
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; name a file that does") from None
-    except Exception:  # torch.load raises nearly anything on damaged files
-        problem = (
-            "cannot be read as tensors and plain values; it is damaged or not a .pt file, name another"
-        )
-        raise InputError(f"{path} {problem}") from None

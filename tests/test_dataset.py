@@ -1,23 +1,13 @@
-"""Images, masks and batches come out as the layout says, whatever their spelling and mode."""
+"""Images and masks are found and paired as the layout says, whatever their spelling."""
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_class, save_image
-from PIL import Image
 
-from dataset import (
-    flips_and_turns,
-    load_images,
-    load_masks,
-    normalise,
-    open_class,
-    read_image,
-    training_batches,
-)
+from dataset import open_class
+from loading import load_masks
 from util import InputError
-
-CPU = torch.device("cpu")
 
 
 def test_a_class_in_mvtecs_layout(widget):
@@ -59,94 +49,6 @@ def test_masks_are_paired_by_name_within_the_class(tmp_path):
             assert image.mask == widget / "ground_truth" / "hole" / f"{image.path.stem}_mask.png"
 
 
-@pytest.mark.parametrize(
-    ("mode", "value", "expected"),
-    [
-        ("L", 100, (100, 100, 100)),
-        ("RGBA", (10, 20, 30, 40), (10, 20, 30)),
-        ("I;16", 257 * 100, (100, 100, 100)),
-        ("1", 1, (255, 255, 255)),
-        ("P", 0, (0, 0, 0)),
-        ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
-        ("F", 0.4, (102, 102, 102)),
-        ("F", 100.0, (100, 100, 100)),
-    ],
-)
-def test_image_modes(tmp_path, mode, value, expected):
-    path = tmp_path / "a.tif"
-    Image.new(mode, (20, 10), value).save(path)
-    image = read_image(path, (4, 8))
-    assert image.shape == (4, 8, 3)
-    assert image.dtype == np.uint8
-    assert tuple(image[2, 3]) == expected
-
-
-def test_images_are_resized_with_pil_bilinear(tmp_path):
-    rng = np.random.default_rng(0)
-    original = rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)
-    save_image(tmp_path / "a.png", original)
-    expected = np.asarray(Image.fromarray(original).resize((16, 16), Image.Resampling.BILINEAR))
-    assert np.array_equal(read_image(tmp_path / "a.png", (16, 16)), expected)
-    assert torch.equal(
-        load_images([tmp_path / "a.png"], (16, 16), 1, "x")[0], torch.from_numpy(expected.copy())
-    )
-
-
-def test_normalisation_is_imagenets():
-    images = torch.randint(0, 256, (2, 4, 5, 3), dtype=torch.uint8)
-    normalised = normalise(images, CPU)
-    assert normalised.shape == (2, 3, 4, 5)
-    expected = (images[1, 2, 3].double() / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
-        [0.229, 0.224, 0.225]
-    )
-    torch.testing.assert_close(normalised[1, :, 2, 3].double(), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_an_epoch_shows_every_image_once_and_drops_the_rest():
-    images = torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1).expand(7, 2, 2, 3)
-    torch.manual_seed(0)
-    batches = list(training_batches(images, 3, None, CPU))
-    assert [len(b) for b in batches] == [3, 3]
-    shown = torch.cat(batches)[:, 0, 0, 0]
-    assert len(shown.unique()) == 6
-    torch.manual_seed(0)
-    again = torch.cat(list(training_batches(images, 3, None, CPU)))
-    assert torch.equal(again, torch.cat(batches))
-
-
-def test_flips_and_turns_reach_all_eight_positions_with_the_official_frequencies():
-    """Flips with probability 1/2 each; a turn with 1/2, by a uniform multiple of 90 degrees."""
-    image = np.arange(4, dtype=np.uint8).reshape(2, 2, 1).repeat(3, axis=2)
-    augment = flips_and_turns(square=True, seed=0)
-    counts = {}
-    for _ in range(4000):
-        key = tuple(augment(image)[:, :, 0].ravel().tolist())
-        counts[key] = counts.get(key, 0) + 1
-    expected = {}
-    for horizontal in (0, 1):
-        for vertical in (0, 1):
-            for turn, probability in ((0, 5 / 8), (1, 1 / 8), (2, 1 / 8), (3, 1 / 8)):
-                x = image[:, :, 0]
-                x = x[:, ::-1] if horizontal else x
-                x = x[::-1] if vertical else x
-                key = tuple(np.rot90(x, turn).ravel().tolist())
-                expected[key] = expected.get(key, 0) + probability / 4
-    assert counts.keys() == expected.keys()
-    for key, probability in expected.items():
-        assert counts[key] / 4000 == pytest.approx(probability, abs=0.03)
-
-
-def test_augmentation_is_seeded_and_keeps_oblong_shapes():
-    image = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
-    runs = []
-    for seed in (1, 1, 2):
-        augment = flips_and_turns(square=False, seed=seed)
-        runs.append(np.stack([augment(image) for _ in range(20)]))
-    assert runs[0].shape == (20, 4, 6, 3)
-    assert np.array_equal(runs[0], runs[1])
-    assert not np.array_equal(runs[0], runs[2])
-
-
 def test_a_class_without_any_mask_is_fine(tmp_path):
     make_class(tmp_path, masks=False)
     data = open_class(tmp_path, "widget")
@@ -177,17 +79,6 @@ def test_a_mask_of_another_size_is_named(widget):
     save_image(widget / "ground_truth" / "hole" / "001_mask.png", np.zeros((8, 8), np.uint8))
     with pytest.raises(InputError, match=r"001_mask\.png is 8x8, its image 32x32"):
         load_masks(open_class(widget.parent, "widget"), 2)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
-def test_a_damaged_image_is_named(widget, damage):
-    path = widget / "train" / "good" / "003.png"
-    whole = path.read_bytes()
-    path.write_bytes(
-        {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"not an image"}[damage]
-    )
-    with pytest.raises(InputError, match=r"cannot read image .*003\.png"):
-        load_images(open_class(widget.parent, "widget").train, (32, 32), 2, "x")
 
 
 def test_gray_masks_are_cut_at_half_and_zero_masks_stay_empty(widget):

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 import demo
-from dataset import load_masks, open_class
+from dataset import open_class
+from loading import load_masks
 from util import InputError
 
 

@@ -130,9 +130,9 @@ def test_parity_of_scoring(official, save_memory):
     assert_all_parity(levels, official["eval_pyramid"], "pyramid")
     assert_all_parity(latents, official["eval_output"], "latents")
     assert_all_parity(logdets, official["eval_logdets"], "log-dets")
-    template = latent_template(model, [official["train_input"]])
+    template = latent_template(model, [model.encode(official["train_input"])])
     assert_all_parity(template, official["template"], "template")
-    maps = anomaly_map(model, official["eval_input"], template)
+    maps = anomaly_map(model, model.encode(official["eval_input"]), template)
     assert_parity(maps, official["anomaly_map"], "anomaly map")
 
 
@@ -385,7 +385,7 @@ def test_fourier_loss_is_the_mean_spectrum_over_all_pairs():
 def test_template_is_the_mean_latent_whatever_the_batches():
     model = small_model().eval()
     x = images(model, batch=5)
-    template = latent_template(model.train(), x.split(2))
+    template = latent_template(model.train(), model.encode(x).split(2))
     latents, _ = model.eval()(x)
     for mean, z in zip(template, latents, strict=True):
         torch.testing.assert_close(mean, z.mean(0, keepdim=True).float().detach())
@@ -396,7 +396,7 @@ def test_template_is_the_mean_latent_whatever_the_batches():
 def test_anomaly_map_of_the_template_itself_is_zero():
     model = small_model().float().eval()
     x = images(model, batch=1).float()
-    maps = anomaly_map(model, x, latent_template(model, [x]))
+    maps = anomaly_map(model, model.encode(x), latent_template(model, [model.encode(x)]))
     assert maps.shape == (1, 16, 16)
     assert maps.abs().max() < 1e-5
 

@@ -9,19 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from conftest import make_class
 from PIL import Image
 
 import model as model_module
 import train
-from dataset import evaluation_batches, load_images, normalise, open_class
+from checkpoint import load_checkpoint
+from dataset import open_class
+from evaluation import TestSet, features_in_order
+from loading import FeatureSource, ImageStore, load_images, normalise
+from metrics import evaluate_maps
 from model import PyramidFlow, PyramidFlowConfig, latent_template
-from util import atomic_path, create_run_folder, load_checkpoint
+from settings import model_config, parse_settings
+from util import atomic_path, create_run_folder
 
+CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
 METRICS = ["pixel_auroc", "image_auroc", "pixel_pro", "pixel_pro_30", "f1_max"]
 SMALL = ["--cls", "widget", "--encoder", "none", "--imageSize", 32, "--numLayer", 2, "--numStack", 1,
-         "--numChannel", 4, "--kernelSize", 3, "--epochs", 2, "--gpu", "cpu", "--numWorkers", 2]  # fmt: skip
+         "--numChannel", 4, "--kernelSize", 3, "--epochs", 2, "--gpu", "cpu", "--numWorkers", 2,
+         "--precision", "fp32"]  # fmt: skip
 
 
 def flags(tmp_path, *extra):
@@ -90,13 +98,14 @@ def test_the_checkpoint_is_whole(tmp_path, run_main):
     fresh = rebuilt(checkpoint)
     data = open_class(tmp_path / "data", "widget")
     config = fresh.config
-    images = load_images(data.train, config.image_size, 1, "x")
-    template = latent_template(fresh, evaluation_batches(images, 4, torch.device("cpu"), "x"))
+    store = ImageStore(data.train, config.image_size, "ram", CPU, 1, "x")
+    source = FeatureSource(store, fresh.eval().encode, constant=False)
+    template = latent_template(fresh, features_in_order(source, config, "x"))
     for ours, stored in zip(template, checkpoint["template"], strict=True):
         assert torch.equal(ours, stored)
-    test_set = train.TestSet.load(data, config, 1, torch.device("cpu"))
+    test_set = TestSet.load(data, fresh, "ram", 1, CPU)
     maps = test_set.anomaly_maps(fresh, checkpoint["template"])
-    metrics = train.evaluate_maps(maps, test_set.truth)
+    metrics = evaluate_maps(maps, test_set.truth)
     for name in METRICS:
         assert getattr(metrics, name) == checkpoint["metrics"][name], name
 
@@ -108,7 +117,7 @@ checkpoint = torch.load(sys.argv[1], weights_only=True)
 model = PyramidFlow(PyramidFlowConfig(**checkpoint["config"]))
 model.load_state_dict(checkpoint["model"])
 images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
-torch.save(anomaly_map(model, images, checkpoint["template"]), sys.argv[2])
+torch.save(anomaly_map(model, model.eval().encode(images), checkpoint["template"]), sys.argv[2])
 """
 
 
@@ -120,7 +129,8 @@ def test_a_fresh_process_rebuilds_the_model(tmp_path, run_main):
     subprocess.run(list(map(str, command)), check=True, cwd=ROOT)
     checkpoint = load_checkpoint(path)
     images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
-    maps = model_module.anomaly_map(rebuilt(checkpoint), images, checkpoint["template"])
+    model = rebuilt(checkpoint).eval()
+    maps = model_module.anomaly_map(model, model.encode(images), checkpoint["template"])
     assert torch.equal(torch.load(tmp_path / "maps.pt", weights_only=True), maps)
 
 
@@ -151,10 +161,10 @@ def test_memory_saving_changes_nothing_but_memory(tmp_path, run_main):
 def test_training_pulls_the_latents_of_good_images_together(tmp_path):
     folder = make_class(tmp_path, num_train=4)
     torch.manual_seed(0)
-    model = PyramidFlow(train.model_config(train.parse_settings([*map(str, SMALL)])))
+    model = PyramidFlow(model_config(parse_settings("", [*map(str, SMALL)])))
     images = load_images(sorted((folder / "train" / "good").iterdir()), (32, 32), 1, "x")
-    batch = normalise(images, torch.device("cpu"))
-    optimizer = torch.optim.Adam(model.flow.parameters(), **train.ADAM)
+    batch = model.encode(normalise(images))
+    optimizer = train.make_optimizer(model)
     losses = [train.train_one_epoch(model.train(), optimizer, [batch] * 10) for _ in range(3)]
     assert losses[0] > losses[1] > losses[2]
 
@@ -167,30 +177,24 @@ def test_only_every_nth_epoch_and_the_last_are_evaluated(tmp_path, run_main):
     assert float(rows[-1]["pixel_auroc"]) > 0.9
 
 
-def test_textures_are_augmented_and_any_size_works(tmp_path, run_main, monkeypatch):
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ([], "flips and turns"),
+        (["--imageSize", 24, 32], "flips"),
+        (["--augment", "none"], "none"),
+        (["--cls", "widget"], "none"),
+    ],
+)
+def test_textures_are_augmented_and_any_size_works(tmp_path, run_main, monkeypatch, extra, expected):
     make_class(tmp_path / "data", "tile")
-    made = []
-    augmented = []
-    original = train.flips_and_turns
-
-    def counting(*arguments):
-        made.append(arguments)
-        augment = original(*arguments)
-        return lambda image: augmented.append(image.shape) or augment(image)
-
-    monkeypatch.setattr(train, "flips_and_turns", counting)
-    code, _, _ = run_main(
-        train.main,
-        flags(tmp_path, "--cls", "tile", "--imageSize", 24, 32, "--epochs", 1, "--batchSize", 3),
-    )
-    assert code == 0
-    assert made == [(False, 0)]
-    assert augmented == [(24, 32, 3)] * 6
-    assert (
-        run_main(train.main, flags(tmp_path, "--cls", "tile", "--epochs", 1, "--augment", "none"))[0]
-        == 0
-    )
-    assert len(made) == 1
+    make_class(tmp_path / "data", "widget")
+    asked = []
+    original = train.training_plan
+    monkeypatch.setattr(train, "training_plan", lambda *given: asked.append(given) or original(*given))
+    changes = ["--cls", "tile", "--epochs", 1, "--batchSize", 3, *extra]
+    assert run_main(train.main, flags(tmp_path, *changes))[0] == 0
+    assert asked == [(6, 3, expected)]
 
 
 def test_a_class_without_masks(tmp_path, run_main):
@@ -218,7 +222,7 @@ def test_a_class_with_nothing_defective(tmp_path, run_main):
 @pytest.mark.usefixtures("widget")
 def test_a_resnet_stem_from_a_weights_file(tmp_path, run_main):
     torch.manual_seed(0)
-    net = train.torchvision.models.resnet18(weights=None)
+    net = torchvision.models.resnet18(weights=None)
     torch.save(net.state_dict(), tmp_path / "resnet18.pth")
     changes = ["--encoder", "resnet18", "--imageSize", 64, "--epochs", 1, "--encoderWeights"]
     code, _, err = run_main(train.main, flags(tmp_path, *changes, tmp_path / "resnet18.pth"))
@@ -405,7 +409,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 
 
 def test_official_names_and_defaults():
-    settings = train.parse_settings([])
+    settings = parse_settings("", [])
     assert (settings.cls, settings.datapath, settings.encoder) == (
         "tile",
         "../mvtec_anomaly_detection",
@@ -414,7 +418,7 @@ def test_official_names_and_defaults():
     assert (settings.numLayer, settings.volumeNorm, settings.kernelSize) == ("auto", "auto", 7)
     assert (settings.numChannel, settings.numStack, settings.gpu, settings.batchSize) == (16, 4, "0", 2)
     assert settings.saveMemory is True
-    assert train.parse_settings(["--saveMemory", "False"]).saveMemory is False
+    assert parse_settings("", ["--saveMemory", "False"]).saveMemory is False
     assert (settings.epochs, settings.seed, settings.encoderBN, settings.augment) == (
         15,
         0,
@@ -434,9 +438,9 @@ def test_official_names_and_defaults():
     ],
 )
 def test_auto_settings_by_class(cls, levels, norm):
-    config = train.model_config(train.parse_settings(["--cls", cls]))
+    config = model_config(parse_settings("", ["--cls", cls]))
     assert (config.num_level, config.volume_norm, config.image_size) == (levels, norm, (1024, 1024))
-    config = train.model_config(train.parse_settings(["--cls", cls, "--encoder", "none"]))
+    config = model_config(parse_settings("", ["--cls", cls, "--encoder", "none"]))
     assert config.image_size == (256, 256)
 
 

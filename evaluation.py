@@ -1,0 +1,112 @@
+"""Anomaly maps and metrics of a class's test images; the table that shows them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dataset import MASK_SIZE, AnomalyClass
+from loading import FeatureSource, ImageStore, evaluation_plan, load_masks
+from metrics import METRIC_NAMES, GroundTruth
+from model import PyramidFlow, PyramidFlowConfig, anomaly_map
+from util import InputError, progress
+
+CPU_BATCH_ELEMENTS = 2**22  # of features: what is in work at once should not fall out of the cache
+CUDA_BATCH_ELEMENTS = 2**26
+
+
+class DivergedError(InputError):
+    """Training left the finite numbers; what was saved before stays."""
+
+    exit_code = 1
+
+    def __init__(self, what: str):
+        super().__init__(
+            f"{what}; checkpoints of earlier epochs, if any, are untouched; try another --seed or --volumeNorm"
+        )
+
+
+def evaluation_batch(config: PyramidFlowConfig, device: torch.device) -> int:
+    """Images that are scored together."""
+    height, width = config.level_size(0)
+    elements = CUDA_BATCH_ELEMENTS if device.type == "cuda" else CPU_BATCH_ELEMENTS
+    return max(1, elements // (height * width * config.channels))
+
+
+def features_in_order(source: FeatureSource, config: PyramidFlowConfig, description: str):
+    """Features of all images of the source, (B,C,H,W) at a time."""
+    plan = evaluation_plan(len(source.store), evaluation_batch(config, source.store.device))
+    return progress(source.batches(plan), description, len(plan))
+
+
+@dataclass
+class TestSet:
+    """The test images of a class.
+
+    Attributes:
+        data: the class.
+        store: the images.
+        source: their features.
+        truth: the masks as the metrics need them, on the device.
+    """
+
+    data: AnomalyClass
+    store: ImageStore
+    source: FeatureSource
+    truth: GroundTruth
+
+    @classmethod
+    def load(
+        cls, data: AnomalyClass, model: PyramidFlow, cache: str, num_workers: int, device: torch.device
+    ) -> TestSet:
+        paths = [image.path for image in data.test]
+        store = ImageStore(paths, model.config.image_size, cache, device, num_workers, "test images")
+        source = FeatureSource(store, model.encode, constant=model.encoder_is_constant)
+        truth = GroundTruth.from_masks(data.defective, load_masks(data, num_workers), device)
+        return cls(data, store, source, truth)
+
+    def anomaly_maps(self, model: PyramidFlow, template: tuple[Tensor, ...]) -> Tensor:
+        """(N,256,256) on the device.
+
+        Raises:
+            DivergedError: a score is not finite.
+        """
+        model.eval()
+        batches = features_in_order(self.source, model.config, "test")
+        maps = torch.cat([at_mask_size(anomaly_map(model, batch, template)) for batch in batches])
+        if not torch.isfinite(maps).all():
+            raise DivergedError("anomaly maps are no longer finite")
+        return maps
+
+
+def at_mask_size(maps: Tensor) -> Tensor:
+    """(B,H,W) -> (B,256,256), where maps and masks meet."""
+    if maps.shape[-2:] == MASK_SIZE:
+        return maps
+    return F.interpolate(maps[:, None], MASK_SIZE, mode="bilinear", antialias=True)[:, 0]
+
+
+# -------------------------------------------------------------------------------------- table
+
+
+def result_table(rows: list[tuple[str, str, dict]]) -> str:
+    """Markdown, percent.
+
+    Args:
+        rows: (class, label, metrics by name).
+    """
+    lines = [
+        "| class | epoch | " + " | ".join(METRIC_NAMES.values()) + " |",
+        "|---|---|" + "---|" * len(METRIC_NAMES),
+    ]
+    for name, label, values in rows:
+        shown = " | ".join(percent(values[key]) for key in METRIC_NAMES)
+        lines.append(f"| {name} | {label} | {shown} |")
+    return "\n".join(lines)
+
+
+def percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:.2f}"
