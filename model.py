@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from autoFlow import CouplingModule, LogDets, SequentialNet, SequentialNF, Tensors
+from convolution import MEMORY_FORMAT, same_conv2d
 from util import size_text
 
 ENCODERS = ("none", "resnet18", "resnet34")
 ENCODER_BNS = ("batch", "frozen")
 VOLUME_NORMS = ("CVN", "SVN", "none")
-MEMORY_FORMAT = torch.channels_last  # of every map from the image to the anomaly map
 RESNET_STRIDE = 4  # conv1 and maxpool each halve the image
 RESNET_CHANNELS = 64
 CLAMP = 2.0  # of the log-scale
@@ -390,48 +390,15 @@ class AffineParameters(nn.Module):
 
     def forward(self, x: Tensor | None = None, upsampled: Tensor | None = None) -> Tensors:
         """x (B,I,H,W) and/or `upsampled` (B,I,H/2,W/2) -> (raw [s0, t] (B,2C,H,W), mean of b)."""
-        own = other = self.conv1.weight
-        if x is not None and upsampled is not None:
-            own, other = own.split([x.shape[1], upsampled.shape[1]], dim=1)
-        hidden = None
-        if x is not None:
-            hidden = F.conv2d(self._cast(x), self._cast(own), padding=self.conv1.padding)
-        if upsampled is not None:
-            kernel = self._cast(kernel_for_upsampled(other))
-            part = conv2d_of_upsampled(self._cast(upsampled), kernel)
-            hidden = part if hidden is None else hidden.add_(part)
+        hidden = same_conv2d(self._cast(self.conv1.weight), self._cast(x), self._cast(upsampled))
         hidden = F.leaky_relu(hidden, 0.01, inplace=True)
-        weight = self._cast(self.conv2.weight)
-        raw = F.conv2d(hidden, weight, stride=self.conv2.stride, padding=self.conv2.padding)
+        raw = same_conv2d(self._cast(self.conv2.weight), hidden, stride=self.conv2.stride[0])
         return raw, self.norm(_pixel_rows(raw))
 
-    def _cast(self, x: Tensor) -> Tensor:
+    def _cast(self, x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
         return x.to(self.compute_dtype or x.dtype, memory_format=MEMORY_FORMAT)
-
-
-def kernel_for_upsampled(weight: Tensor) -> Tensor:
-    """(O,I,k,k) -> (I,O,k+1,k+1): the kernel of `conv2d_of_upsampled`.
-
-    An input pixel stands for 2x2 pixels of the upsampled map, so the weights it meets add up.
-    """
-    summed = 4 * F.avg_pool2d(weight, 2, stride=1, padding=1)
-    return summed.flip(-2, -1).transpose(0, 1)
-
-
-def conv2d_of_upsampled(x: Tensor, kernel: Tensor) -> Tensor:
-    """ "Same" convolution of the nearest-upsampled map, computed on the small map.
-
-    F.conv2d(F.interpolate(x, scale_factor=2), weight, padding=k // 2) as one transposed convolution, with
-    about a third of the work at k = 7.
-
-    Args:
-        x: (B,I,n,m).
-        kernel: from `kernel_for_upsampled`, of weights (O,I,k,k), k odd.
-
-    Returns:
-        (B,O,2n,2m).
-    """
-    return F.conv_transpose2d(x, kernel, stride=2, padding=kernel.shape[-1] // 2 - 1)
 
 
 class VolumeNorm(nn.Module):

@@ -15,11 +15,9 @@ from model import (
     PyramidFlow,
     PyramidFlowConfig,
     anomaly_map,
-    conv2d_of_upsampled,
     convert_official_state_dict,
     coupling_schedule,
     fourier_loss,
-    kernel_for_upsampled,
     latent_template,
     load_encoder_weights,
 )
@@ -266,21 +264,6 @@ def test_a_constant_coarse_level_is_darkened_at_the_borders():
     composed = LaplacianPyramid(4).compose(levels)[0, 0]
     values = [composed[128, 128].item(), composed[0, 128].item(), composed[0, 0].item()]
     assert values == pytest.approx([1.0, 0.35, 0.12], abs=0.006)
-
-
-@pytest.mark.parametrize("k", [1, 3, 5, 7, 9])
-def test_convolution_of_an_upsampled_map(k):
-    torch.manual_seed(k)
-    x = torch.randn(2, 3, 6, 5, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(4, 3, k, k, dtype=torch.float64, requires_grad=True)
-    plain = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=k // 2)
-    fast = conv2d_of_upsampled(x, kernel_for_upsampled(weight))
-    torch.testing.assert_close(fast, plain)
-    cotangent = torch.randn_like(plain)
-    torch.testing.assert_close(
-        torch.autograd.grad(fast, (x, weight), cotangent),
-        torch.autograd.grad(plain, (x, weight), cotangent),
-    )
 
 
 @pytest.mark.parametrize("volume_norm", ["CVN", "SVN", "none"])
