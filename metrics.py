@@ -40,6 +40,11 @@ class GroundTruth:
     regions: Tensor | None = None
     region_sizes: Tensor | None = None
 
+    @property
+    def region_shares(self) -> Tensor:
+        """(P,) float64: what a defective pixel counts, so that each region counts equally; sums to 1."""
+        return 1 / self.region_sizes.double()[self.regions] / len(self.region_sizes)
+
     @classmethod
     def from_masks(cls, defective: Tensor, masks: Tensor | None, device="cpu") -> GroundTruth:
         """Label the 8-connected regions of bool masks (N,H,W)."""
@@ -64,6 +69,7 @@ class Metrics:
         pixel_pro: AUPRO up to a false-positive rate of 1, the paper's number.
         pixel_pro_30: AUPRO up to 0.3, divided by 0.3, everybody else's.
         f1_max, threshold: best F1 over pixels, and the score from which on a pixel is defective.
+        image_threshold: the score from which on an image is defective, at the best F1 over images.
     """
 
     pixel_auroc: float | None
@@ -72,6 +78,7 @@ class Metrics:
     pixel_pro_30: float | None
     f1_max: float | None
     threshold: float | None
+    image_threshold: float | None
 
 
 def evaluate_maps(maps: Tensor, truth: GroundTruth) -> Metrics:
@@ -85,25 +92,26 @@ def evaluate_maps(maps: Tensor, truth: GroundTruth) -> Metrics:
     if len(maps) != len(truth.defective):
         raise ValueError(f"{len(maps)} maps for {len(truth.defective)} images")
     image_scores = maps.flatten(1).amax(1)
-    images = _Ranking(image_scores[~truth.defective], image_scores[truth.defective])
+    images = Ranking(image_scores[~truth.defective], image_scores[truth.defective])
+    _, image_threshold = images.f1_max()
     if truth.masks is None:
-        return Metrics(None, images.auroc(), None, None, None, None)
+        return Metrics(None, images.auroc(), None, None, None, None, image_threshold)
     if truth.masks.shape != maps.shape:
         raise ValueError(f"maps {tuple(maps.shape)}, masks {tuple(truth.masks.shape)}")
-    pixels = _Ranking(maps[~truth.masks], maps[truth.masks])
-    region_share = 1 / truth.region_sizes.double()[truth.regions] / len(truth.region_sizes)
+    pixels = Ranking(maps[~truth.masks], maps[truth.masks])
     f1_max, threshold = pixels.f1_max()
     return Metrics(
         pixel_auroc=pixels.auroc(),
         image_auroc=images.auroc(),
-        pixel_pro=pixels.area(region_share, 1.0),
-        pixel_pro_30=pixels.area(region_share, PRO_LIMIT),
+        pixel_pro=pixels.area(truth.region_shares, 1.0),
+        pixel_pro_30=pixels.area(truth.region_shares, PRO_LIMIT),
         f1_max=f1_max,
         threshold=threshold,
+        image_threshold=image_threshold,
     )
 
 
-class _Ranking:
+class Ranking:
     """Where each defective item stands among the good ones.  Every metric follows from that.
 
     On the way down through the scores, the curves rise at defective items only.  One that ties with good
@@ -114,7 +122,7 @@ class _Ranking:
     """
 
     def __init__(self, good: Tensor, defective: Tensor):
-        good = _sorted(good)
+        good = sorted_scores(good)
         self.scores, self._order = defective.sort()
         self.num_good = len(good)
         self.above = self.num_good - torch.searchsorted(good, self.scores, right=True)
@@ -144,6 +152,23 @@ class _Ranking:
         height = torch.where(start < limit, height, 0.0)
         return float((shares[self._order] * height).sum()) / limit
 
+    def curve(self, shares: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(share of good items reached, share of defective items reached) while the threshold sinks.
+
+        Args:
+            shares: what each defective item counts; None: all the same.  As in `area`.
+        """
+        count = len(self.scores)
+        if shares is None:
+            shares = torch.full((count,), 1 / count, dtype=torch.float64, device=self.scores.device)
+        scores, reached = self.scores.flip(0), shares[self._order].flip(0).cumsum(0)
+        last_of_ties = torch.cat([scores[1:] != scores[:-1], scores.new_ones(1, dtype=torch.bool)])
+        y = reached[last_of_ties]
+        x = torch.stack([self.above.flip(0), self.reached.flip(0)], 1)[last_of_ties].double()
+        y = torch.stack([torch.cat([y.new_zeros(1), y[:-1]]), y], 1)
+        end = y.new_ones(1)
+        return torch.cat([x.flatten() / self.num_good, end]), torch.cat([y.flatten(), end])
+
     def f1_max(self) -> tuple[float | None, float | None]:
         """(best F1, the score from which on to flag); a defective item's score is always among the best."""
         if not self.defined:
@@ -155,6 +180,6 @@ class _Ranking:
         return float(f1[best]), float(self.scores[best])
 
 
-def _sorted(scores: Tensor) -> Tensor:
+def sorted_scores(scores: Tensor) -> Tensor:
     # NumPy's vectorised sort is several times as fast as torch's on the CPU.
     return scores.sort().values if scores.is_cuda else torch.from_numpy(np.sort(scores.numpy()))

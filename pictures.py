@@ -1,4 +1,4 @@
-"""Pictures of a run: panels of image, template, anomaly map and ground truth; curves over epochs."""
+"""Pictures of an evaluation: panels as in the paper's Fig. 7, histogram, ROC and PRO curves; epochs of a run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from calibration import IMAGE_QUANTILE, Calibration
 from dataset import TestImage
+from evaluation import TestSet
 from loading import IMAGENET_MEAN, IMAGENET_STD
-from metrics import METRIC_NAMES
+from metrics import METRIC_NAMES, PRO_LIMIT, Ranking
 from util import atomic_path
 
 PANELS_PER_KIND = 3
 COLOUR_MAP = "turbo"
-TOP_OF_SCALE = 0.999  # quantile of all pixels; the maximum alone would darken every picture
 
 
 def to_picture(normalised: Tensor) -> np.ndarray:
@@ -24,13 +25,6 @@ def to_picture(normalised: Tensor) -> np.ndarray:
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     image = normalised.cpu().float() * std + mean
     return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-
-
-def colour_scale(maps: Tensor) -> tuple[float, float]:
-    """One scale (lowest, highest) for all anomaly maps (N,H,W) of a class."""
-    flat = maps.flatten().float().cpu().sort().values
-    low, high = float(flat[0]), float(flat[int(TOP_OF_SCALE * (len(flat) - 1))])
-    return low, high if high > low else low + 1e-12
 
 
 def choose_examples(test: list[TestImage]) -> list[int]:
@@ -41,6 +35,38 @@ def choose_examples(test: list[TestImage]) -> list[int]:
         count = min(PANELS_PER_KIND, len(indices))
         chosen += [indices[int(k)] for k in np.linspace(0, len(indices) - 1, count)]
     return chosen
+
+
+def save_evaluation(
+    folder: Path,
+    test_set: TestSet,
+    maps: Tensor,
+    calibration: Calibration,
+    template: Tensor | None,
+) -> None:
+    """Panels of a few images of each kind, the histogram of image scores, ROC and PRO curves.
+
+    Args:
+        maps: anomaly maps of all test images (N,256,256).
+        calibration: gives the colour scale and the threshold without labels.
+        template: the image template, normalised (3,h,w), or None.
+    """
+    truth, scale = test_set.truth, calibration.colour_scale()
+    shown_template = None if template is None else to_picture(template)
+    for i in choose_examples(test_set.data.test):
+        image = test_set.data.test[i]
+        path = folder / image.kind / f"{image.path.name.replace('.', '_')}.png"
+        path.parent.mkdir(exist_ok=True)
+        title = f"{test_set.data.name}, {image.kind}/{image.path.name}"
+        mask = None if truth.masks is None else truth.masks[i]
+        save_panel(path, title, test_set.store[i], shown_template, maps[i], scale, mask)
+    scores = maps.flatten(1).amax(1)
+    save_histogram(folder / "histogram.png", scores, truth.defective, calibration)
+    if truth.masks is not None:
+        pixels = Ranking(maps[~truth.masks], maps[truth.masks])
+        if pixels.defined:
+            images = Ranking(scores[~truth.defective], scores[truth.defective])
+            save_roc_and_pro(folder / "roc_pro.png", images, pixels, truth.region_shares)
 
 
 def save_panel(
@@ -57,7 +83,7 @@ def save_panel(
     Args:
         image, template: uint8 (h,w,3).
         anomaly_map: (H,W).
-        scale: from `colour_scale`.
+        scale: (lowest, highest) score of the colours.
         mask: bool (H,W).
     """
     parts = [("image", image, {})]
@@ -77,6 +103,60 @@ def save_panel(
         axes.set_axis_off()
         if name == "anomaly map":
             figure.colorbar(shown, ax=axes, shrink=0.75).ax.tick_params(labelsize=7)
+    _save(figure, path)
+
+
+def save_histogram(path: Path, scores: Tensor, defective: Tensor, calibration: Calibration) -> None:
+    """Image scores of good and defective test images, with the thresholds that separate them.
+
+    Args:
+        scores, defective: (N,).
+    """
+    images = Ranking(scores[~defective], scores[defective])
+    lines = {f"{IMAGE_QUANTILE:.0%} of good training images": calibration.thresholds().image}
+    if images.defined:
+        lines["F1-max"] = images.f1_max()[1]
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    bins = np.linspace(float(scores.min()), float(scores.max()) + 1e-12, 41)
+    for label, chosen, colour in (
+        ("good", ~defective, "tab:green"),
+        ("defective", defective, "tab:red"),
+    ):
+        count = int(chosen.sum())
+        axes.hist(
+            scores[chosen].cpu().numpy(), bins, alpha=0.6, color=colour, label=f"{label} ({count})"
+        )
+    for (label, threshold), style in zip(lines.items(), ("--", ":"), strict=False):
+        axes.axvline(threshold, color="black", linestyle=style, label=f"{label}: {threshold:.3g}")
+    axes.set(title="image scores of the test images", xlabel="image score", ylabel="images")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def save_roc_and_pro(path: Path, images: Ranking, pixels: Ranking, region_shares: Tensor) -> None:
+    """ROC over pixels and over images, and the per-region overlap over the share of good pixels."""
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    curves = [(left, "pixels", pixels.auroc(), pixels.curve())]
+    if images.defined:
+        curves.append((left, "images", images.auroc(), images.curve()))
+    overlap = pixels.curve(region_shares)
+    curves.append((right, "PRO", pixels.area(region_shares, 1.0), overlap))
+    for axes, label, area, (x, y) in curves:
+        step = max(1, len(x) // 2000)  # more points than that cannot be seen
+        chosen = np.unique(np.r_[0 : len(x) : step, len(x) - 1])
+        axes.plot(x.cpu().numpy()[chosen], y.cpu().numpy()[chosen], label=f"{label}: area {area:.4f}")
+    right.axvspan(
+        0, PRO_LIMIT, alpha=0.15, label=f"PRO@{PRO_LIMIT}: {pixels.area(region_shares, PRO_LIMIT):.4f}"
+    )
+    left.set(title="ROC", xlabel="false-positive rate", ylabel="true-positive rate")
+    right.set(title="PRO", xlabel="false-positive rate", ylabel="mean overlap with defect regions")
+    for axes in (left, right):
+        axes.set(xlim=(0, 1), ylim=(0, 1.01))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="lower right")
     _save(figure, path)
 
 

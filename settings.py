@@ -17,6 +17,9 @@ AUTO_NUM_LAYER = {"metal_nut": 8, "carpet": 8, "transistor": 8, "screw": 2}
 AUTO_SVN = ("carpet", "grid", "bottle", "transistor")
 AUTO_IMAGE_SIZE = {"none": 256, "resnet18": 1024, "resnet34": 1024}
 
+# What may change when a run is resumed: where it computes and where its data are.
+FREE_ON_RESUME = ("resume", "datapath", "gpu", "numWorkers", "cache", "tensorboard")
+
 
 def _flag(default, group: str, help: str, **options):
     return field(default=default, metadata={"group": group, "help": help, **options})
@@ -99,19 +102,23 @@ class Settings:
         1, "running", "epochs between evaluations; the last is always evaluated", type=whole_number(1)
     )
     saveDir: str = _flag("saveDir", "running", "folder in which the run's folder is made")
+    resume: str | None = _flag(
+        None, "running", "folder of a stopped run to go on with; its settings come with it",
+        metavar="RUN",
+    )  # fmt: skip
+    tensorboard: bool = _flag(
+        False, "running", "also log for TensorBoard (pip install tensorboard)", action="store_true"
+    )
 
     def __post_init__(self):
         self.imageSize = list(self.imageSize)
 
 
-def parse_settings(description: str, arguments: list[str] | None = None) -> Settings:
+def parse_settings(
+    description: str, arguments: list[str] | None = None
+) -> tuple[Settings, dict[str, object]]:
+    """(all settings, those that were given on the command line)."""
     parser = Parser(description=description)
-    add_flags(parser)
-    return Settings(**vars(parser.parse_args(arguments)))
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Every field of `Settings` as a flag, by group."""
     groups = {}
     for item in fields(Settings):
         options = dict(item.metadata)
@@ -121,7 +128,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             options["help"] += f" [{str(shown).lower() if isinstance(shown, bool) else shown}]"
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        groups[group].add_argument(f"--{item.name}", default=item.default, **options)
+        groups[group].add_argument(f"--{item.name}", default=argparse.SUPPRESS, **options)
+    given = vars(parser.parse_args(arguments))
+    return Settings(**given), given
 
 
 def model_config(settings: Settings) -> PyramidFlowConfig:
@@ -162,6 +171,28 @@ def augmentation(settings: Settings, config: PyramidFlowConfig) -> str:
         return "none"
     square = config.image_size[0] == config.image_size[1]
     return "flips and turns" if square else "flips"
+
+
+def resumed(stored: dict, given: dict[str, object], folder: str) -> Settings:
+    """The settings of a stopped run.
+
+    Args:
+        stored: its settings.
+        given: flags on the command line that goes on with it.
+        folder: of the run.
+
+    Raises:
+        InputError: a given flag contradicts the run's; it is named.
+    """
+    for name, value in given.items():
+        same = value in (stored[name], "auto") or (name == "imageSize" and value == ["auto"])
+        if name not in FREE_ON_RESUME and not same:
+            raise InputError(
+                f"--{name} {value} contradicts the run in {folder}, which has {stored[name]}; leave the "
+                "flag out, or start a new run"
+            )
+    free = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
+    return Settings(**{**stored, **free})
 
 
 def flags_without_effect(settings: Settings) -> list[str]:

@@ -4,26 +4,28 @@
     python train.py --cls tile --encoder none                          # FNF, 256x256, no download
     python train.py --cls screw --encoder none --numLayer 4 --augment none --gpu cpu
     python train.py --cls tile --encoderWeights resnet18-f37072fd.pth  # without network
+    python train.py --resume saveDir/tile-20260101-120000              # go on with a stopped run
 
 Results go to a new folder saveDir/<cls>-<date-time>/; see the README.
 """
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import pictures
-from checkpoint import fill_encoder, save_checkpoint
+from calibration import Calibration, calibrate
+from checkpoint import fill_encoder, load_checkpoint
 from dataset import AnomalyClass, open_class
-from evaluation import DivergedError, TestSet, features_in_order, percent, result_table
+from evaluation import TestSet, features_in_order
 from hardware import (
+    Clock,
     choose_device,
     choose_precision,
     describe_environment,
@@ -31,71 +33,230 @@ from hardware import (
     network_dtype,
 )
 from loading import FeatureSource, ImageStore, training_plan
-from metrics import METRIC_NAMES, Metrics, evaluate_maps
-from model import PyramidFlow, PyramidFlowConfig, fourier_loss, latent_template
-from settings import Settings, augmentation, flags_without_effect, model_config, parse_settings
+from metrics import Metrics, evaluate_maps
+from model import PyramidFlow, fourier_loss, latent_template
+from run import LAST_FILE, RESULT_FILE, Run, State, load_state
+from settings import Settings, augmentation, flags_without_effect, model_config, parse_settings, resumed
 from util import (
     InputError,
+    StopRequest,
     check_writable,
-    create_run_folder,
     progress,
     run_script,
     seed_everything,
-    start_log,
-    write_csv,
-    write_json,
+    size_text,
 )
 
 # The official program's optimiser.
 ADAM = {"lr": 2e-4, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 1e-5}
 MAX_GRADIENT_NORM = 1.0
 STEPS_BETWEEN_CHECKS = 50  # of the loss on CUDA, where looking at it makes the host wait
+SECONDS_BETWEEN_SAVES = 600.0  # of an unfinished epoch
+
+
+class Interrupted(InputError):
+    """The user stopped the run."""
+
+    exit_code = 130
 
 
 def main(arguments: list[str] | None = None) -> None:
-    settings = parse_settings(__doc__, arguments)
-    device = choose_device(settings.gpu)
-    precision = choose_precision(settings.precision, device)
-    config = model_config(settings)
-    data = open_class(Path(settings.datapath), settings.cls)
-    check_batch_size(settings, len(data.train))
-    check_writable(Path(settings.saveDir))
-    keep_freed_memory()
-    seed_everything(settings.seed)
-    model = PyramidFlow(config)
-    fill_encoder(model, settings.encoderWeights)
-    model.to(device).compute_networks_in(network_dtype(precision))
-    store = ImageStore(
-        data.train, config.image_size, settings.cache, device, settings.numWorkers, "training images"
-    )
-    train_set = FeatureSource(store, model.encode, constant=model.encoder_is_constant)
-    test_set = TestSet.load(data, model, settings.cache, settings.numWorkers, device)
+    settings, given = parse_settings(__doc__, arguments)
+    if settings.resume is None:
+        training = Training.prepare(settings)
+        run = Run.start(training.settings, training.about(), describe_environment(training.device))
+    else:
+        stored = load_state(Path(settings.resume))
+        if (Path(settings.resume) / RESULT_FILE).is_file():
+            raise InputError(f"--resume {settings.resume}: this run is finished; its result is there")
+        training = Training.prepare(resumed(stored["settings"], given, settings.resume), stored)
+        run = Run.resume(training.settings, stored["state"], describe_environment(training.device))
+    for line in training.remarks():
+        run.log.info(line)
+    with StopRequest() as stop:
+        try:
+            fit(training, run, stop)
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped in epoch {run.state.epoch}; {run.how_to_resume}") from None
 
-    run = Run.start(settings, config, data, device)
-    if device.type == "cpu" and settings.gpu != "cpu":
-        run.log.info("no CUDA device: running on the CPU")
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # every batch has the same shape
-    run.log.info(f"{describe_run(data, config)}, {precision}")
-    for flag in flags_without_effect(settings):
-        run.log.info(f"--{flag} has no effect with --encoder {settings.encoder}")
-    optimizer = make_optimizer(model)
 
-    for epoch in range(1, settings.epochs + 1):
-        start = time.perf_counter()
-        plan = training_plan(len(store), settings.batchSize, augmentation(settings, config))
-        model.train()
-        batches = progress(train_set.batches(plan), f"epoch {epoch}", len(plan))
-        loss = train_one_epoch(model, optimizer, batches)
-        if epoch % settings.evalEvery and epoch < settings.epochs:
-            run.log.info(f"epoch {epoch}: loss {loss:.4f}")
-            continue
-        model.eval()
-        template = latent_template(model, features_in_order(train_set, config, "template"))
-        maps = test_set.anomaly_maps(model, template)
-        metrics = evaluate_maps(maps, test_set.truth)
-        run.record(epoch, loss, metrics, time.perf_counter() - start, model, template)
-    run.finish(model, template, maps, test_set)
+def fit(training: Training, run: Run, stop: StopRequest) -> None:
+    """Train and evaluate, epoch by epoch; then thresholds, pictures and the table."""
+    settings, state = training.settings, run.state
+    run.save_state(training.state_dict())
+    while state.epoch <= settings.epochs:
+        clock = Clock(training.device)
+        with clock.part("training"):
+            training.train_one_epoch(state, lambda: run.save_state(training.state_dict()), stop)
+        if state.epoch % settings.evalEvery and state.epoch < settings.epochs:
+            run.log.info(f"epoch {state.epoch}: loss {state.mean_loss:.4f}, {clock}")
+        else:
+            template, metrics = training.evaluate(clock)
+            run.record(metrics, training.content(template), clock)
+        state.begin_next_epoch()
+        run.save_state(training.state_dict())
+    calibration = run.calibrate(training.calibrate)
+    template = training.restore(load_checkpoint(run.folder / LAST_FILE))
+    run.finish(training.model, template, training.test_set, calibration)
+
+
+@dataclass
+class Training:
+    """One class, one model, and what trains it.
+
+    Attributes:
+        settings: the flags, with the precision that `auto` stands for here.
+        data: the class.
+        device: where everything is computed.
+        model: with its optimiser.
+        train_set: features of the training images.
+        test_set: the test images.
+    """
+
+    settings: Settings
+    data: AnomalyClass
+    device: torch.device
+    model: PyramidFlow
+    optimizer: torch.optim.Optimizer
+    train_set: FeatureSource
+    test_set: TestSet
+
+    @classmethod
+    def prepare(cls, settings: Settings, stored: dict | None = None) -> Training:
+        """Read the data and build the model: a new one, or as it was `stored`.
+
+        Raises:
+            InputError: something is missing, or does not fit together.
+        """
+        device = choose_device(settings.gpu)
+        settings = replace(settings, precision=choose_precision(settings.precision, device))
+        config = model_config(settings)
+        data = open_class(Path(settings.datapath), settings.cls)
+        check_batch_size(settings, len(data.train))
+        check_writable(Path(settings.saveDir))
+        keep_freed_memory()
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # every batch has the same shape
+        seed_everything(settings.seed)
+        model = PyramidFlow(config)
+        if stored is None:
+            fill_encoder(model, settings.encoderWeights)
+        model.to(device).compute_networks_in(network_dtype(settings.precision))
+        optimizer = make_optimizer(model)
+        if stored is not None:
+            restore_state(model, optimizer, stored, len(data.train))
+        store = ImageStore(
+            data.train, config.image_size, settings.cache, device, settings.numWorkers, "training images"
+        )
+        train_set = FeatureSource(store, model.encode, constant=model.encoder_is_constant)
+        test_set = TestSet.load(data, model, settings.cache, settings.numWorkers, device)
+        return cls(settings, data, device, model, optimizer, train_set, test_set)
+
+    def train_one_epoch(
+        self, state: State, save: Callable[[], None] = lambda: None, stop: StopRequest | None = None
+    ) -> None:
+        """The steps of the epoch that are not done yet; `state` keeps up with them.
+
+        Args:
+            save: called every now and then, and before a stop.
+
+        Raises:
+            DivergedError: the loss is no longer finite.
+            KeyboardInterrupt: a stop was asked for.
+        """
+        torch.set_rng_state(state.random_state)
+        plan = training_plan(
+            len(self.data.train), self.settings.batchSize, augmentation(self.settings, self.model.config)
+        )
+        done = len(state.losses)
+        losses: list[Tensor] = []
+        saved = time.monotonic()
+        self.model.train()
+        batches = progress(self.train_set.batches(plan[done:]), f"epoch {state.epoch}", len(plan), done)
+        with stop.deferred() if stop else contextlib.nullcontext():
+            for features in batches:
+                losses.append(train_step(self.model, self.optimizer, features))
+                if self.device.type == "cpu" or len(losses) == STEPS_BETWEEN_CHECKS:
+                    state.add(losses)
+                if time.monotonic() - saved > SECONDS_BETWEEN_SAVES or (stop and stop.asked):
+                    state.add(losses)
+                    save()
+                    saved = time.monotonic()
+                if stop and stop.asked:
+                    raise KeyboardInterrupt
+            state.add(losses)
+
+    def evaluate(self, clock: Clock) -> tuple[tuple[Tensor, ...], Metrics]:
+        """The template of the training images, and the metrics of the test images against it.
+
+        Raises:
+            DivergedError: a score is not finite.
+        """
+        config = self.model.eval().config
+        with clock.part("template"):
+            template = latent_template(self.model, features_in_order(self.train_set, config, "template"))
+        with clock.part("test"):
+            maps = self.test_set.anomaly_maps(self.model, template)
+        with clock.part("metrics"):
+            metrics = evaluate_maps(maps, self.test_set.truth)
+        return template, metrics
+
+    def calibrate(self, content: dict) -> Calibration:
+        """Scores of good images with the weights and the template of a checkpoint."""
+        template = self.restore(content)
+        features = features_in_order(self.train_set, self.model.config, "good scores")
+        return calibrate(self.model, template, features)
+
+    def restore(self, content: dict) -> tuple[Tensor, ...]:
+        """Take the weights of a checkpoint of this run; its template is returned."""
+        self.model.load_state_dict(content["model"])
+        self.model.eval()
+        return tuple(x.to(self.device) for x in content["template"])
+
+    def content(self, template: tuple[Tensor, ...]) -> dict:
+        """Of a checkpoint."""
+        return {
+            "class": self.data.name,
+            "config": self.model.config.to_dict(),
+            "settings": asdict(self.settings),
+            "model": {name: x.cpu() for name, x in self.model.state_dict().items()},
+            "template": [x.cpu() for x in template],
+        }
+
+    def about(self) -> dict:
+        """For config.json."""
+        return {
+            "settings": asdict(self.settings),
+            "model": self.model.config.to_dict(),
+            "training_images": len(self.data.train),
+            "test_images": len(self.data.test),
+        }
+
+    def state_dict(self) -> dict:
+        """All that changes while training, and what it was started with."""
+        return {
+            "settings": asdict(self.settings),
+            "training_images": len(self.data.train),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def remarks(self) -> list[str]:
+        """What a user should know before it starts."""
+        config, settings = self.model.config, self.settings
+        lines = ["no CUDA device: running on the CPU"] * (
+            self.device.type == "cpu" and settings.gpu != "cpu"
+        )
+        lines.append(
+            f"class {self.data.name}: {len(self.data.train)} training and {len(self.data.test)} test images at "
+            f"{size_text(config.image_size)}; encoder {config.encoder}, {config.num_level} levels, "
+            f"{config.num_stack} stacks, {config.volume_norm}, {settings.precision}"
+        )
+        lines += [
+            f"--{flag} has no effect with --encoder {settings.encoder}"
+            for flag in flags_without_effect(settings)
+        ]
+        return lines
 
 
 def check_batch_size(settings: Settings, num_images: int) -> None:
@@ -113,21 +274,24 @@ def make_optimizer(model: PyramidFlow) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, **ADAM, fused=True)
 
 
-def train_one_epoch(
-    model: PyramidFlow, optimizer: torch.optim.Optimizer, batches: Iterable[Tensor]
-) -> float:
-    """One pass over batches of features (B,C,H,W); the mean loss.
+def restore_state(
+    model: PyramidFlow, optimizer: torch.optim.Optimizer, stored: dict, num_images: int
+) -> None:
+    """Take weights and optimiser as `Training.state_dict` gave them.
 
     Raises:
-        DivergedError: the loss is no longer finite.
+        InputError: they do not fit, or the training images are not the same.
     """
-    losses: list[Tensor] = []
-    for features in batches:
-        losses.append(train_step(model, optimizer, features))
-        if losses[-1].device.type == "cpu" or len(losses) % STEPS_BETWEEN_CHECKS == 0:
-            check_finite(losses)
-    check_finite(losses)
-    return torch.stack(losses).mean().item()
+    if stored.get("training_images") != num_images:
+        raise InputError(
+            f"--resume: the run has {stored.get('training_images')} training images, --datapath {num_images}; "
+            "give the data it was started with"
+        )
+    try:
+        model.load_state_dict(stored["model"])
+        optimizer.load_state_dict(stored["optimizer"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError("--resume: the stored state does not fit its settings; start again") from None
 
 
 def train_step(model: PyramidFlow, optimizer: torch.optim.Optimizer, features: Tensor) -> Tensor:
@@ -139,141 +303,6 @@ def train_step(model: PyramidFlow, optimizer: torch.optim.Optimizer, features: T
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], MAX_GRADIENT_NORM)
     optimizer.step()
     return loss.detach()
-
-
-def check_finite(losses: list[Tensor]) -> None:
-    finite = torch.stack(losses[-STEPS_BETWEEN_CHECKS:]).isfinite()
-    if not finite.all():
-        step = len(losses) - len(finite) + int(finite.long().argmin())
-        raise DivergedError(f"the loss became {losses[step].item()} at step {step + 1} of the epoch")
-
-
-# ------------------------------------------------------------------------------------- the run
-
-
-@dataclass
-class Run:
-    """The folder of a run and what is written to it."""
-
-    folder: Path
-    settings: Settings
-    config: PyramidFlowConfig
-    log: logging.Logger
-    rows: list[dict] = field(default_factory=list)
-
-    @classmethod
-    def start(cls, settings: Settings, config: PyramidFlowConfig, data: AnomalyClass, device) -> Run:
-        folder = create_run_folder(Path(settings.saveDir), settings.cls)
-        log = start_log(folder / "log.txt", describe_environment(device))
-        write_json(
-            folder / "config.json",
-            {
-                "settings": asdict(settings),
-                "model": config.to_dict(),
-                "training_images": len(data.train),
-                "test_images": len(data.test),
-            },
-        )
-        log.info(f"run folder {folder}")
-        return cls(folder, settings, config, log)
-
-    def record(
-        self,
-        epoch: int,
-        loss: float,
-        metrics: Metrics,
-        seconds: float,
-        model: PyramidFlow,
-        template: tuple[Tensor, ...],
-    ) -> None:
-        """A row in metrics.csv, last.pt, and best_*.pt where this epoch is the best so far."""
-        row = {"epoch": epoch, "loss": loss, **asdict(metrics), "seconds": round(seconds, 2)}
-        self.rows.append(row)
-        content = {
-            "config": self.config.to_dict(),
-            "settings": asdict(self.settings),
-            "model": {name: x.cpu() for name, x in model.state_dict().items()},
-            "template": [x.cpu() for x in template],
-            "metrics": row,
-        }
-        save_checkpoint(self.folder / "last.pt", content)
-        for metric in self._selection():
-            if self._best(metric) is row:
-                save_checkpoint(self.folder / f"best_{metric}.pt", content)
-        write_csv(self.folder / "metrics.csv", self.rows)
-        shown = ", ".join(f"{label} {percent(row[key])}" for key, label in METRIC_NAMES.items())
-        self.log.info(f"epoch {epoch}: loss {loss:.4f}, {shown}, {seconds:.1f} s")
-
-    def finish(self, model: PyramidFlow, template, maps: Tensor, test_set: TestSet) -> None:
-        """result.json, pictures and the table."""
-        last = self.rows[-1]
-        chosen = {metric: self._best(metric) for metric in self._selection()}
-        best = {
-            ("best" if i == 0 else f"best_{metric}"): _summary(row)
-            | {"chosen_on": f"test set, by {metric}"}
-            for i, (metric, row) in enumerate(chosen.items())
-        }
-        write_json(
-            self.folder / "result.json",
-            {
-                "class": self.settings.cls,
-                "last": _summary(last),
-                "best": None,
-                **best,
-                "seed": self.settings.seed,
-            },
-        )
-        rows = [("last", last)] + [(f"best {METRIC_NAMES[m]}*", row) for m, row in chosen.items()]
-        table = result_table(
-            [(self.settings.cls, f"{row['epoch']} ({label})", row) for label, row in rows]
-        )
-        note = "Percent. *chosen on the test set, as the official program does; quote the last epoch."
-        self.log.info(f"\n{table}\n\n{note}")
-        self._save_pictures(model, template, maps, test_set)
-        self.log.info(f"\nwritten to {self.folder}")
-
-    def _selection(self) -> list[str]:
-        """Metrics by which a best epoch is chosen: those that are defined."""
-        defined = [m for m in ("pixel_auroc", "pixel_pro") if self.rows[-1][m] is not None]
-        return defined or [m for m in ("image_auroc",) if self.rows[-1][m] is not None]
-
-    def _best(self, metric: str) -> dict:
-        return max(self.rows, key=lambda row: row[metric])
-
-    def _save_pictures(self, model: PyramidFlow, template, maps: Tensor, test_set: TestSet) -> None:
-        folder = self.folder / "pictures"
-        folder.mkdir()
-        pictures.save_curves(folder / "curves.png", self.rows)
-        image_template = None
-        if self.config.encoder == "none":
-            with torch.no_grad():
-                image_template = pictures.to_picture(model.inverse(template)[0])
-        scale = pictures.colour_scale(maps)
-        for i in pictures.choose_examples(test_set.data.test):
-            image = test_set.data.test[i]
-            kind_folder = folder / image.kind
-            kind_folder.mkdir(exist_ok=True)
-            pictures.save_panel(
-                kind_folder / f"{image.path.name.replace('.', '_')}.png",
-                f"{self.settings.cls}, {image.kind}/{image.path.name}",
-                test_set.store[i],
-                image_template,
-                maps[i],
-                scale,
-                None if test_set.truth.masks is None else test_set.truth.masks[i],
-            )
-
-
-def describe_run(data: AnomalyClass, config: PyramidFlowConfig) -> str:
-    height, width = config.image_size
-    return (
-        f"class {data.name}: {len(data.train)} training and {len(data.test)} test images at {height}x{width}; "
-        f"encoder {config.encoder}, {config.num_level} levels, {config.num_stack} stacks, {config.volume_norm}"
-    )
-
-
-def _summary(row: dict) -> dict:
-    return {key: row[key] for key in ("epoch", *METRIC_NAMES, "threshold")}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import random
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -57,6 +58,41 @@ def _fail(line: str, code: int) -> int:
     return code
 
 
+class StopRequest:
+    """While it is active, Ctrl-C and SIGTERM ask for a stop instead of stopping at once.
+
+    Work that can end in good order looks at `asked` between its steps, inside `with stop.deferred():`.
+    Elsewhere, and the second time, KeyboardInterrupt is raised.
+    """
+
+    def __init__(self):
+        self.asked = False
+        self._deferred = False
+        self._previous: dict = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def _handle(self, number, frame) -> None:
+        if self.asked or not self._deferred:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
 def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -92,12 +128,15 @@ def size_text(size: Iterable[int]) -> str:
 # ----------------------------------------------------------------------------------- progress
 
 
-def progress(items: Iterable, description: str, total: int | None = None) -> tqdm:
+def progress(
+    items: Iterable, description: str, total: int | None = None, initial: int = 0, unit: str = "it"
+) -> tqdm:
     """A progress bar on stderr; where stderr is a file, a line every few seconds instead."""
+    options = {"desc": description, "total": total, "initial": initial, "unit": unit, "leave": False}
     if sys.stderr.isatty():
-        return tqdm(items, description, total, leave=False, dynamic_ncols=True)
+        return tqdm(items, **options, dynamic_ncols=True)
     return tqdm(
-        items, description, total, leave=False, ncols=79, ascii=True, file=_Lines(),
+        items, **options, ncols=79, ascii=True, file=_Lines(),
         mininterval=LOG_INTERVAL_S, maxinterval=LOG_INTERVAL_S, delay=LOG_INTERVAL_S,
     )  # fmt: skip
 
@@ -156,7 +195,7 @@ def check_writable(save_dir: Path) -> None:
 
 
 def start_log(path: Path, environment: list[str]) -> logging.Logger:
-    """A logger to stdout and to a file that starts with versions and hardware."""
+    """A logger to stdout and to a file, whose part of this process starts with versions and hardware."""
     logger = logging.getLogger(f"pyramidflow.{path.parent.name}")
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -59,7 +59,7 @@ def test_a_run_from_the_command_line(tmp_path):
     assert run.name.startswith("widget-")
     names = {p.name for p in run.iterdir()}
     assert names == {"config.json", "log.txt", "metrics.csv", "last.pt", "best_pixel_auroc.pt",
-                     "best_pixel_pro.pt", "result.json", "pictures"}  # fmt: skip
+                     "best_pixel_pro.pt", "state.pt", "result.json", "pictures"}  # fmt: skip
 
     log = (run / "log.txt").read_text().splitlines()
     assert "torch" in log[0]
@@ -69,7 +69,7 @@ def test_a_run_from_the_command_line(tmp_path):
     assert config["model"]["num_level"] == 2
 
     rows = list(csv.DictReader((run / "metrics.csv").open()))
-    assert list(rows[0]) == ["epoch", "loss", *METRICS, "threshold", "seconds"]
+    assert list(rows[0]) == ["epoch", "loss", *METRICS, "threshold", "image_threshold", "seconds"]
     assert [row["epoch"] for row in rows] == ["1", "2"]
     result = json.loads((run / "result.json").read_text())
     assert set(result["last"]) >= {"epoch", *METRICS}
@@ -81,6 +81,8 @@ def test_a_run_from_the_command_line(tmp_path):
     pictures = {str(p.relative_to(run / "pictures")) for p in (run / "pictures").rglob("*.png")}
     assert pictures == {
         "curves.png",
+        "histogram.png",
+        "roc_pro.png",
         *(f"{k}/{i:03}_png.png" for k in ("good", "hole") for i in range(3)),
     }
     assert Image.open(run / "pictures" / "hole" / "000_png.png").size[0] > 600
@@ -161,12 +163,13 @@ def test_memory_saving_changes_nothing_but_memory(tmp_path, run_main):
 def test_training_pulls_the_latents_of_good_images_together(tmp_path):
     folder = make_class(tmp_path, num_train=4)
     torch.manual_seed(0)
-    model = PyramidFlow(model_config(parse_settings("", [*map(str, SMALL)])))
+    model = PyramidFlow(model_config(parse_settings("", [*map(str, SMALL)])[0]))
     images = load_images(sorted((folder / "train" / "good").iterdir()), (32, 32), 1, "x")
     batch = model.encode(normalise(images))
     optimizer = train.make_optimizer(model)
-    losses = [train.train_one_epoch(model.train(), optimizer, [batch] * 10) for _ in range(3)]
-    assert losses[0] > losses[1] > losses[2]
+    model.train()
+    losses = [train.train_step(model, optimizer, batch).item() for _ in range(21)]
+    assert losses[0] > losses[10] > losses[20]
 
 
 def test_only_every_nth_epoch_and_the_last_are_evaluated(tmp_path, run_main):
@@ -254,11 +257,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
 
 @pytest.mark.usefixtures("widget")
 def test_weights_that_are_not_finite_stop_the_run(tmp_path, run_main, monkeypatch):
-    def breaks_the_weights(model, optimizer, batches):
-        next(model.flow.parameters()).data.fill_(math.nan)
-        return 1.0
+    def breaks_the_weights(training, state, *_):
+        next(training.model.flow.parameters()).data.fill_(math.nan)
+        state.losses.append(1.0)
 
-    monkeypatch.setattr(train, "train_one_epoch", breaks_the_weights)
+    monkeypatch.setattr(train.Training, "train_one_epoch", breaks_the_weights)
     code, _, err = run_main(train.main, flags(tmp_path))
     assert code == 1
     assert "anomaly maps are no longer finite" in err
@@ -409,7 +412,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 
 
 def test_official_names_and_defaults():
-    settings = parse_settings("", [])
+    settings, _ = parse_settings("", [])
     assert (settings.cls, settings.datapath, settings.encoder) == (
         "tile",
         "../mvtec_anomaly_detection",
@@ -418,7 +421,7 @@ def test_official_names_and_defaults():
     assert (settings.numLayer, settings.volumeNorm, settings.kernelSize) == ("auto", "auto", 7)
     assert (settings.numChannel, settings.numStack, settings.gpu, settings.batchSize) == (16, 4, "0", 2)
     assert settings.saveMemory is True
-    assert parse_settings("", ["--saveMemory", "False"]).saveMemory is False
+    assert parse_settings("", ["--saveMemory", "False"])[0].saveMemory is False
     assert (settings.epochs, settings.seed, settings.encoderBN, settings.augment) == (
         15,
         0,
@@ -438,9 +441,9 @@ def test_official_names_and_defaults():
     ],
 )
 def test_auto_settings_by_class(cls, levels, norm):
-    config = model_config(parse_settings("", ["--cls", cls]))
+    config = model_config(parse_settings("", ["--cls", cls])[0])
     assert (config.num_level, config.volume_norm, config.image_size) == (levels, norm, (1024, 1024))
-    config = model_config(parse_settings("", ["--cls", cls, "--encoder", "none"]))
+    config = model_config(parse_settings("", ["--cls", cls, "--encoder", "none"])[0])
     assert config.image_size == (256, 256)
 
 
