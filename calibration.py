@@ -97,7 +97,11 @@ def calibrate(
     maps = torch.cat([at_mask_size(anomaly_map(model, batch, template)) for batch in features])
     if len(maps) < 2:
         raise ValueError("scores against the template of the others need at least two images")
-    maps *= len(maps) / (len(maps) - 1)
+    return distribution(maps * (len(maps) / (len(maps) - 1)))
+
+
+def distribution(maps: Tensor) -> Calibration:
+    """Scores of anomaly maps (N,H,W)."""
     pixels = sorted_scores(maps.flatten()).cpu().numpy()
     places = LEVELS * (len(pixels) - 1)
     below, above = np.floor(places).astype(int), np.ceil(places).astype(int)

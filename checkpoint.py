@@ -3,17 +3,124 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torchvision
 from torch import Tensor
 
-from model import PyramidFlow, load_encoder_weights
+from calibration import Calibration
+from hardware import choose_precision, network_dtype
+from model import PyramidFlow, PyramidFlowConfig, coupling_schedule, load_encoder_weights
 from util import InputError, atomic_path
 
 FORMAT = "PyramidFlow checkpoint"
 VERSION = 2
+LARGEST = 2**14  # of any number in a configuration: a damaged file must not make a huge model
+
+
+@dataclass
+class Trained:
+    """A trained model, ready to score images.
+
+    Attributes:
+        path: of the checkpoint.
+        class_name: that it was trained on.
+        model: in eval mode, on the device.
+        template: the latent template, there too.
+        metrics: of the class's test images, with the thresholds of best F1.
+        calibration: scores of good images; None if the run was not finished.
+    """
+
+    path: Path
+    class_name: str
+    model: PyramidFlow
+    template: tuple[Tensor, ...]
+    metrics: dict
+    calibration: Calibration | None
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device, precision: str = "auto") -> Trained:
+        """Read a checkpoint of train.py.
+
+        Raises:
+            InputError: it is missing, damaged, of another version, or holds what does not fit together.
+        """
+        dtype = network_dtype(choose_precision(precision, device))
+        content = load_checkpoint(path)
+        try:
+            config = read_config(content["config"])
+            model = read_model(config, content["model"])
+            template = read_template(config, content["template"])
+            metrics, name = dict(content["metrics"]), str(content["class"])
+            calibration = content.get("calibration")
+            if calibration is not None:
+                calibration = Calibration.from_dict(calibration)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+            raise InputError(
+                f"{path} is damaged ({reason}); use another checkpoint, or train again"
+            ) from None
+        model.to(device).compute_networks_in(dtype).eval()
+        return cls(path, name, model, tuple(x.to(device) for x in template), metrics, calibration)
+
+    def content(self, metrics: dict) -> dict:
+        """Of a checkpoint that `load` reads."""
+        return {
+            "class": self.class_name,
+            "config": self.model.config.to_dict(),
+            "model": {name: x.cpu() for name, x in self.model.state_dict().items()},
+            "template": [x.cpu() for x in self.template],
+            "metrics": metrics,
+            "calibration": None if self.calibration is None else self.calibration.to_dict(),
+        }
+
+
+def read_config(given: dict) -> PyramidFlowConfig:
+    """Raises ValueError unless `given` is what `PyramidFlowConfig.to_dict` gives."""
+    names = {item.name for item in fields(PyramidFlowConfig)}
+    if not isinstance(given, dict) or given.keys() != names:
+        raise ValueError("not a configuration")
+    for value in (*given.values(), *given["image_size"]):
+        if not isinstance(value, (str, bool, int, list)) or (isinstance(value, int) and value > LARGEST):
+            raise ValueError(f"configuration value {value!r}")
+    if len(given["image_size"]) != 2:
+        raise ValueError("image size")
+    return PyramidFlowConfig(**given)
+
+
+def read_model(config: PyramidFlowConfig, state_dict: dict[str, Tensor]) -> PyramidFlow:
+    """Raises ValueError or RuntimeError unless the weights are those of the configuration, and finite."""
+    blocks = {name.split(".")[1] for name in state_dict if name.startswith("flow.")}
+    if len(blocks) != config.num_stack * len(coupling_schedule(config.num_level)):
+        raise ValueError("number of coupling blocks")
+    with torch.device("meta"):
+        model = PyramidFlow(config)
+    expected = model.state_dict()
+    for name, x in state_dict.items():
+        if name not in expected or not isinstance(x, Tensor):
+            raise ValueError(f"entry {name}")
+        if x.shape != expected[name].shape or x.dtype != expected[name].dtype:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, not {tuple(expected[name].shape)}")
+        if not x.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    model = PyramidFlow(config)
+    model.load_state_dict(state_dict)
+    return model
+
+
+def read_template(config: PyramidFlowConfig, given: list[Tensor]) -> tuple[Tensor, ...]:
+    """Raises ValueError unless `given` is a latent template for the configuration, and finite."""
+    if not isinstance(given, list) or len(given) != config.num_level:
+        raise ValueError("number of template levels")
+    for i, x in enumerate(given):
+        shape = (1, config.channels, *config.level_size(i))
+        if not isinstance(x, Tensor) or x.shape != shape or x.dtype != torch.float32:
+            raise ValueError(f"template level {i}")
+        if not x.isfinite().all():
+            raise ValueError(f"template level {i} is not finite")
+    return tuple(given)
 
 
 def save_checkpoint(path: Path, content: dict) -> None:

@@ -66,7 +66,7 @@ class AnomalyClass:
         return torch.tensor([image.defective for image in self.test], dtype=torch.bool)
 
 
-def open_class(datapath: Path, name: str) -> AnomalyClass:
+def open_class(datapath: Path, name: str, need_train: bool = True) -> AnomalyClass:
     """Find the files of one class.
 
     Raises:
@@ -79,16 +79,17 @@ def open_class(datapath: Path, name: str) -> AnomalyClass:
         )
     folder = datapath / name
     if name in ("", ".", "..") or name != Path(name).name or not folder.is_dir():
-        present = [p.name for p in sorted(datapath.iterdir()) if (p / "train").is_dir()]
+        present = [p.name for p in sorted(datapath.iterdir()) if (p / "test").is_dir()]
         have = f"classes there: {', '.join(present)}" if present else "no class folders there"
         raise InputError(f"no class {name!r} in {datapath}; {have}")
-    train = _list_images(folder / "train" / "good")
-    if not train:
+    train = list_images(folder / "train" / "good")
+    if not train and need_train:
         raise InputError(f"no training images in {folder / 'train' / 'good'}; put good images there")
     return AnomalyClass(name, train, _list_test(folder))
 
 
-def _list_images(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
+    """The images in a folder, sorted; none if there is no such folder."""
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and _visible(p))
@@ -106,7 +107,7 @@ def _list_test(folder: Path) -> list[TestImage]:
         raise InputError(
             f"no test images in {test_folder}; it needs folders such as good/ and a defect's"
         )
-    class_has_masks = mask_folder.is_dir() and any(map(_list_images, mask_folder.iterdir()))
+    class_has_masks = mask_folder.is_dir() and any(map(list_images, mask_folder.iterdir()))
     for image in images:
         if class_has_masks and image.defective and image.mask is None:
             raise InputError(
@@ -119,8 +120,8 @@ def _list_test(folder: Path) -> list[TestImage]:
 def _list_kind(folder: Path, mask_folder: Path) -> list[TestImage]:
     """The test images of one kind, each with the mask `<name>_mask` or `<name>`."""
     kind = folder.name
-    masks = {path.stem: path for path in _list_images(mask_folder) if kind != "good"}
+    masks = {path.stem: path for path in list_images(mask_folder) if kind != "good"}
     return [
         TestImage(path, kind, masks.get(f"{path.stem}_mask", masks.get(path.stem)))
-        for path in _list_images(folder)
+        for path in list_images(folder)
     ]

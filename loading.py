@@ -89,9 +89,9 @@ class ImageStore:
         return images.to(self.device, non_blocking=True)
 
 
-def look_ahead(function: Callable, items: Iterable, depth: int = 2) -> Iterator:
-    """function(item) for every item, computed in a thread up to `depth` items before it is asked for."""
-    pool, pending = ThreadPoolExecutor(1), deque()
+def look_ahead(function: Callable, items: Iterable, depth: int = 2, num_workers: int = 1) -> Iterator:
+    """function(item) for every item in order, computed in threads up to `depth` items before asked for."""
+    pool, pending = ThreadPoolExecutor(num_workers), deque()
     try:
         for item in items:
             pending.append(pool.submit(function, item))

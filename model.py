@@ -344,8 +344,9 @@ class CouplingBlock(CouplingModule):
         return _pixel_rows(raw), mean
 
     def couple(self, x: Tensor, raw: Tensor, mean: Tensor) -> Tensor:
-        y = _AffineCoupling.apply(_pixel_rows(x), raw, mean, self.conv1x1.matrix(x.dtype))
-        return _as_map(y, x.shape)
+        plain = torch.compiler.is_compiling()  # which finds its own way through memory
+        function = _affine_coupling if plain else _AffineCoupling.apply
+        return _as_map(function(_pixel_rows(x), raw, mean, self.conv1x1.matrix(x.dtype)), x.shape)
 
     def decouple(self, y: Tensor, raw: Tensor, mean: Tensor) -> Tensor:
         matrix, rows = self.conv1x1.inverse_matrix(y.dtype), _pixel_rows(y)
@@ -587,8 +588,14 @@ class _AffineCoupling(torch.autograd.Function):
         return grad_x, grad_raw, grad_mean, grad_matrix
 
 
+def _affine_coupling(x: Tensor, raw: Tensor, mean: Tensor, matrix: Tensor) -> Tensor:
+    """y = A (exp(s) * x + t), operator by operator."""
+    s = _bounded_log_scale(raw) - mean
+    return (s.exp() * x + raw[..., x.shape[-1] :]) @ matrix.T
+
+
 def _undo_affine_coupling(y: Tensor, raw: Tensor, mean: Tensor, inverse_matrix: Tensor) -> Tensor:
-    """x = (A^-1 y - t) exp(-s), differentiable."""
+    """x = (A^-1 y - t) exp(-s), likewise."""
     s = _bounded_log_scale(raw) - mean
     return (y @ inverse_matrix.T - raw[..., y.shape[-1] :]) * (-s).exp()
 
@@ -664,43 +671,3 @@ def anomaly_map(model: PyramidFlow, features: Tensor, template: Tensors) -> Tens
         (z - mean).abs().mean(1, keepdim=True) for z, mean in zip(latents, template, strict=True)
     )
     return model.pyramid.compose(tuple(differences))[:, 0]
-
-
-# ---------------------------------------------------------------------------- official weights
-
-
-def convert_official_state_dict(model: PyramidFlow, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The official program's entries (weights, gradients or buffers) under our names and shapes.
-
-    A CVN block `down` keeps its running mean at the pixels it reads, every second one.  Running means
-    of a model that was never trained have one element there; they are expanded.
-    """
-    parts = {
-        "affineParams.conv.0.weight": "affine.conv1.weight",
-        "affineParams.conv.2.weight": "affine.conv2.weight",
-        "affineParams.norm.running_mean": "affine.norm.running_mean",
-        "conv1x1.w_p": "conv1x1.permutation",
-        "conv1x1.w_l": "conv1x1.lower",
-        "conv1x1.w_u": "conv1x1.upper",
-        "conv1x1.w_s": "conv1x1.log_scale",
-        "conv1x1.s_sign": "conv1x1.sign",
-    }
-    shapes = {name: x.shape for name, x in model.state_dict().items()}
-    converted = {}
-    for official, x in state_dict.items():
-        if official.startswith("inconv."):
-            converted["stem." + official.removeprefix("inconv.")] = x
-        elif official.startswith("nf.moduleslst."):
-            block, _, part = official.removeprefix("nf.moduleslst.").partition(".")
-            if part in parts:  # the rest are constant masks
-                name = f"flow.{block}.{parts[part]}"
-                if part.endswith("running_mean") and name in shapes:
-                    x = _fit_running_mean(x, shapes[name])
-                converted[name] = x
-    return converted
-
-
-def _fit_running_mean(mean: Tensor, shape: torch.Size) -> Tensor:
-    if mean.numel() == 1:
-        return mean.expand(shape).clone()
-    return mean[:, :, ::2, ::2] if mean.shape[-1] == 2 * shape[-1] else mean

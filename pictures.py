@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
-from calibration import IMAGE_QUANTILE, Calibration
+from calibration import IMAGE_QUANTILE, Calibration, distribution
 from dataset import TestImage
 from evaluation import TestSet
 from loading import IMAGENET_MEAN, IMAGENET_STD
@@ -18,6 +20,7 @@ from util import atomic_path
 
 PANELS_PER_KIND = 3
 COLOUR_MAP = "turbo"
+OVERLAY_OPACITY = 0.7  # of the highest scores
 
 
 def to_picture(normalised: Tensor) -> np.ndarray:
@@ -25,6 +28,16 @@ def to_picture(normalised: Tensor) -> np.ndarray:
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     image = normalised.cpu().float() * std + mean
     return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def overlay(image: np.ndarray, scores: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
+    """uint8 (h,w,3) with the colours of the scores (h,w) laid over it, the denser the higher they are."""
+    low, high = scale
+    levels = ((scores - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
+    palette = matplotlib.colormaps[COLOUR_MAP](np.arange(256))[:, :3] * 255
+    opacity = (np.arange(256) / 255 * OVERLAY_OPACITY)[:, None]
+    kept, added = (1 - opacity).astype(np.float32), (palette * opacity).astype(np.float32)
+    return (image * kept[levels] + added[levels]).round().astype(np.uint8)
 
 
 def choose_examples(test: list[TestImage]) -> list[int]:
@@ -41,17 +54,18 @@ def save_evaluation(
     folder: Path,
     test_set: TestSet,
     maps: Tensor,
-    calibration: Calibration,
+    calibration: Calibration | None,
     template: Tensor | None,
 ) -> None:
     """Panels of a few images of each kind, the histogram of image scores, ROC and PRO curves.
 
     Args:
         maps: anomaly maps of all test images (N,256,256).
-        calibration: gives the colour scale and the threshold without labels.
+        calibration: gives the colour scale and the threshold without labels; None: the maps' own scale.
         template: the image template, normalised (3,h,w), or None.
     """
-    truth, scale = test_set.truth, calibration.colour_scale()
+    truth, scale = test_set.truth, (calibration or distribution(maps)).colour_scale()
+    folder.mkdir(exist_ok=True)
     shown_template = None if template is None else to_picture(template)
     for i in choose_examples(test_set.data.test):
         image = test_set.data.test[i]
@@ -106,14 +120,18 @@ def save_panel(
     _save(figure, path)
 
 
-def save_histogram(path: Path, scores: Tensor, defective: Tensor, calibration: Calibration) -> None:
+def save_histogram(
+    path: Path, scores: Tensor, defective: Tensor, calibration: Calibration | None
+) -> None:
     """Image scores of good and defective test images, with the thresholds that separate them.
 
     Args:
         scores, defective: (N,).
     """
     images = Ranking(scores[~defective], scores[defective])
-    lines = {f"{IMAGE_QUANTILE:.0%} of good training images": calibration.thresholds().image}
+    lines = {}
+    if calibration is not None:
+        lines[f"{IMAGE_QUANTILE:.0%} of good training images"] = calibration.thresholds().image
     if images.defined:
         lines["F1-max"] = images.f1_max()[1]
     figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -178,6 +196,12 @@ def save_curves(path: Path, rows: list[dict]) -> None:
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
     _save(figure, path)
+
+
+def read(path: Path) -> np.ndarray:
+    """uint8 (h,w,3)."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def _save(figure: Figure, path: Path) -> None:

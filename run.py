@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from collections.abc import Callable
@@ -77,6 +78,9 @@ class Run:
     log: logging.Logger
     state: State
 
+    def __post_init__(self):
+        self._board = open_tensorboard(self.folder) if self.settings.tensorboard else None
+
     @classmethod
     def start(cls, settings: Settings, about: dict, environment: list[str]) -> Run:
         folder = create_run_folder(Path(settings.saveDir), settings.cls)
@@ -125,6 +129,11 @@ class Run:
         write_csv(self.folder / "metrics.csv", rows)
         shown = ", ".join(f"{label} {percent(row[key])}" for key, label in METRIC_NAMES.items())
         self.log.info(f"epoch {state.epoch}: loss {state.mean_loss:.4f}, {shown}, {clock}")
+        if self._board:
+            for key, value in row.items():
+                if key != "epoch" and value is not None:
+                    self._board.add_scalar(key, value, state.epoch)
+            self._board.flush()
 
     def calibrate(self, calibrate: Callable[[dict], Calibration]) -> Calibration:
         """Add the scores of good images to every checkpoint; those of last.pt are returned."""
@@ -147,10 +156,14 @@ class Run:
         """The pictures, result.json, and the table."""
         rows = self.state.rows
         folder = self.folder / "pictures"
-        folder.mkdir(exist_ok=True)
-        pictures.save_curves(folder / "curves.png", rows)
         maps = test_set.anomaly_maps(model, template)
         pictures.save_evaluation(folder, test_set, maps, calibration, image_template(model, template))
+        pictures.save_curves(folder / "curves.png", rows)
+        if self._board:
+            for path in sorted(folder.rglob("*.png")):
+                name = str(path.relative_to(folder).with_suffix(""))
+                self._board.add_image(name, pictures.read(path), rows[-1]["epoch"], dataformats="HWC")
+            self._board.close()
         chosen = {metric: self._best(metric) for metric in self._selection()}
         best = {
             ("best" if i == 0 else f"best_{metric}"): summary(row)
@@ -176,6 +189,22 @@ class Run:
 
     def _best(self, metric: str) -> dict:
         return max(self.state.rows, key=lambda row: row[metric])
+
+
+def check_tensorboard() -> None:
+    """Fail now rather than after the data is read.
+
+    Raises:
+        InputError: the package is missing.
+    """
+    if importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--tensorboard needs the package: pip install tensorboard")
+
+
+def open_tensorboard(folder: Path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder))
 
 
 def load_state(folder: Path) -> dict:

@@ -17,6 +17,8 @@ AUTO_NUM_LAYER = {"metal_nut": 8, "carpet": 8, "transistor": 8, "screw": 2}
 AUTO_SVN = ("carpet", "grid", "bottle", "transistor")
 AUTO_IMAGE_SIZE = {"none": 256, "resnet18": 1024, "resnet34": 1024}
 
+NUM_WORKERS = min(os.cpu_count() or 1, 8)
+
 # What may change when a run is resumed: where it computes and where its data are.
 FREE_ON_RESUME = ("resume", "datapath", "gpu", "numWorkers", "cache", "tensorboard")
 
@@ -58,7 +60,7 @@ class Settings:
         choices=CACHES,
     )  # fmt: skip
     numWorkers: int = _flag(
-        min(os.cpu_count() or 1, 8), "data", "threads that read and decode images", type=whole_number(1)
+        NUM_WORKERS, "data", "threads that read and decode images", type=whole_number(1)
     )
     # model
     encoder: str = _flag("resnet18", "model", "none: fixed 1x1 convolution (FNF)", choices=ENCODERS)
@@ -131,6 +133,18 @@ def parse_settings(
         groups[group].add_argument(f"--{item.name}", default=argparse.SUPPRESS, **options)
     given = vars(parser.parse_args(arguments))
     return Settings(**given), given
+
+
+def add_running_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that all scripts have which run a trained model."""
+    parser.add_argument("--gpu", default="0", help="index of the CUDA device, or cpu [0]")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="auto", help="of the flow's convolutions [auto]"
+    )
+    parser.add_argument(
+        "--numWorkers", type=whole_number(1), default=NUM_WORKERS,
+        help=f"threads that read images [{NUM_WORKERS}]",
+    )  # fmt: skip
 
 
 def model_config(settings: Settings) -> PyramidFlowConfig:

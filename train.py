@@ -35,7 +35,7 @@ from hardware import (
 from loading import FeatureSource, ImageStore, training_plan
 from metrics import Metrics, evaluate_maps
 from model import PyramidFlow, fourier_loss, latent_template
-from run import LAST_FILE, RESULT_FILE, Run, State, load_state
+from run import LAST_FILE, RESULT_FILE, Run, State, check_tensorboard, load_state
 from settings import Settings, augmentation, flags_without_effect, model_config, parse_settings, resumed
 from util import (
     InputError,
@@ -134,6 +134,8 @@ class Training:
         data = open_class(Path(settings.datapath), settings.cls)
         check_batch_size(settings, len(data.train))
         check_writable(Path(settings.saveDir))
+        if settings.tensorboard:
+            check_tensorboard()
         keep_freed_memory()
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every batch has the same shape

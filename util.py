@@ -120,6 +120,17 @@ def whole_number(minimum: int) -> Callable[[str], int]:
     return convert
 
 
+def fraction(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
 def size_text(size: Iterable[int]) -> str:
     """(height, width) as in --imageSize, with an x."""
     return "x".join(str(n) for n in size)
@@ -155,7 +166,7 @@ class _Lines:
 # ---------------------------------------------------------------------------------- run folder
 
 
-def create_run_folder(save_dir: Path, name: str) -> Path:
+def create_run_folder(save_dir: Path, name: str, flag: str = "--saveDir") -> Path:
     """Make `<save_dir>/<name>-<date-time>[-n]`, a folder that did not exist before.
 
     Raises:
@@ -170,13 +181,11 @@ def create_run_folder(save_dir: Path, name: str) -> Path:
                 folder.mkdir()
                 return folder
     except OSError as error:
-        raise InputError(
-            f"cannot write to --saveDir {save_dir} ({error.strerror}); name another"
-        ) from None
-    raise InputError(f"--saveDir {save_dir} holds too many runs of this second")
+        raise InputError(f"cannot write to {flag} {save_dir} ({error.strerror}); name another") from None
+    raise InputError(f"{flag} {save_dir} holds too many runs of this second")
 
 
-def check_writable(save_dir: Path) -> None:
+def check_writable(save_dir: Path, flag: str = "--saveDir") -> None:
     """Fail now rather than after the data is read.
 
     Raises:
@@ -189,9 +198,7 @@ def check_writable(save_dir: Path) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise InputError(
-            f"cannot write to --saveDir {save_dir} ({error.strerror}); name another"
-        ) from None
+        raise InputError(f"cannot write to {flag} {save_dir} ({error.strerror}); name another") from None
 
 
 def start_log(path: Path, environment: list[str]) -> logging.Logger:

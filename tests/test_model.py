@@ -15,12 +15,12 @@ from model import (
     PyramidFlow,
     PyramidFlowConfig,
     anomaly_map,
-    convert_official_state_dict,
     coupling_schedule,
     fourier_loss,
     latent_template,
     load_encoder_weights,
 )
+from official import convert_state_dict
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("*.pt"))
 SMALL = {"encoder": "none", "num_channel": 3, "kernel_size": 3, "image_size": (16, 16)}
@@ -83,7 +83,7 @@ def official_model(official, save_memory):
         save_memory=save_memory,
     )
     model = PyramidFlow(config)
-    model.load_state_dict(convert_official_state_dict(model, official["state_dict"]))
+    model.load_state_dict(convert_state_dict(model, official["state_dict"]))
     return model.train()
 
 
@@ -103,7 +103,7 @@ def test_parity_of_a_training_step(official, save_memory):
 
     trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     shapes = {name: p.shape for name, p in trained.items()}
-    grads = convert_official_state_dict(model, official["grads"])
+    grads = convert_state_dict(model, official["grads"])
     assert grads.keys() == trained.keys()
     for name, grad in grads.items():
         assert_parity(
@@ -112,7 +112,7 @@ def test_parity_of_a_training_step(official, save_memory):
             name,
         )
     buffers = dict(model.named_buffers())
-    for name, buffer in convert_official_state_dict(model, official["buffers_after_step"]).items():
+    for name, buffer in convert_state_dict(model, official["buffers_after_step"]).items():
         assert buffers[name].shape == buffer.shape
         assert_parity(buffers[name], buffer, name)
 
