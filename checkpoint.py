@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -98,9 +99,11 @@ def read_model(config: PyramidFlowConfig, state_dict: dict[str, Tensor]) -> Pyra
     with torch.device("meta"):
         model = PyramidFlow(config)
     expected = model.state_dict()
+    for name in expected.keys() ^ state_dict.keys():
+        raise ValueError(f"entry {name} is missing or too much")
     for name, x in state_dict.items():
-        if name not in expected or not isinstance(x, Tensor):
-            raise ValueError(f"entry {name}")
+        if not isinstance(x, Tensor):
+            raise ValueError(f"entry {name} is not a tensor")
         if x.shape != expected[name].shape or x.dtype != expected[name].dtype:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, not {tuple(expected[name].shape)}")
         if not x.isfinite().all():
@@ -148,6 +151,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
         InputError: missing, damaged, or not such a file.
     """
     content = load_tensors(path, device)
+    check_sums(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is not a PyramidFlow checkpoint; name a .pt file that train.py wrote")
     if content.get("version") != VERSION:
@@ -156,6 +160,17 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
             f"{VERSION}; train again or use the program that wrote it"
         )
     return content
+
+
+def check_sums(path: Path) -> None:
+    """Raises InputError if a byte of the file's contents has changed, which torch.load does not look for."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError):
+        damaged = path.name
+    if damaged:
+        raise InputError(f"{path} is damaged ({damaged}); use another checkpoint, or train again")
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> object:

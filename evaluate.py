@@ -104,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("evaluations"), help="folder [evaluations]")
     add_running_flags(parser)
     parser.add_argument("--cache", choices=CACHES, default="auto", help="decoded images [auto]")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if (arguments.checkpoint is None) == (arguments.official is None):
         parser.error("name a checkpoint, or --official FILE.npz")
     if arguments.official and not arguments.cls:

@@ -86,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
         "--template", type=Path, metavar="FILE.png", help="write the image template (encoder none)"
     )
     add_running_flags(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if not arguments.images and not arguments.template:
         parser.error("name images or folders, or --template FILE.png")
     return arguments
@@ -166,7 +166,10 @@ def find_images(given: list[Path]) -> list[Item]:
     items, taken = [], set()
     for path in given:
         if path.is_dir():
-            found = [p for folder in sorted([path, *path.rglob("*/")]) for p in list_images(folder)]
+            folders = [path, *(p for p in sorted(path.rglob("*")) if p.is_dir())]
+            found = [
+                image for folder in folders if _visible(folder, path) for image in list_images(folder)
+            ]
             if not found:
                 raise InputError(f"no images in {path}; it may hold {', '.join(sorted(IMAGE_SUFFIXES))}")
         elif path.is_file():
@@ -186,6 +189,10 @@ def find_images(given: list[Path]) -> list[Item]:
             taken.add(name)
             items.append(Item(image, name))
     return items
+
+
+def _visible(folder: Path, root: Path) -> bool:
+    return not any(part.startswith(".") for part in folder.relative_to(root).parts)
 
 
 def load(item: Item, size: tuple[int, int]) -> Loaded:
@@ -241,7 +248,7 @@ def scored(
     ahead = look_ahead(
         lambda item: load(item, scorer.image_size), items, 2 * arguments.batchSize, arguments.numWorkers
     )
-    bar = progress(ahead, "images", len(items))
+    bar = iter(progress(ahead, "images", len(items)))
     while loaded := list(itertools.islice(bar, arguments.batchSize)):
         unreadable += [image.error for image in loaded if image.error]
         loaded = [image for image in loaded if not image.error]

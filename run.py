@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -92,6 +92,8 @@ class Run:
     @classmethod
     def resume(cls, settings: Settings, state: dict, environment: list[str]) -> Run:
         folder = Path(settings.resume)
+        for unfinished in folder.glob(".*.tmp"):  # of a write that was killed
+            unfinished.unlink()
         log = start_log(folder / "log.txt", environment)
         run = cls(folder, settings, log, State(**state))
         log.info(
@@ -222,8 +224,16 @@ def load_state(folder: Path) -> dict:
             f"--resume {folder}: no {STATE_FILE} in it; name a run's folder, or start again"
         )
     content = load_checkpoint(folder / STATE_FILE)
-    if not {"settings", "state", "model", "optimizer"} <= content.keys():
-        raise InputError(f"{folder / STATE_FILE} is not the state of a run; start again")
+    try:
+        same = (
+            content["settings"].keys() == {item.name for item in fields(Settings)}
+            and content["state"].keys() == {item.name for item in fields(State)}
+            and {"model", "optimizer"} <= content.keys()
+        )
+    except (KeyError, AttributeError):
+        same = False
+    if not same:
+        raise InputError(f"{folder / STATE_FILE} is not the state of a run of this version; start again")
     return content
 
 

@@ -1,12 +1,14 @@
 """Small data of the tests' own, and a way to run a script's main as the command line does."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import train
 from util import run_script
 
 SIZE = 32
@@ -47,6 +49,32 @@ def make_class(root: Path, name="widget", masks=True, num_train=6, num_test=3) -
 def widget(tmp_path):
     """The folder of a small class, in tmp_path / "data"."""
     return make_class(tmp_path / "data")
+
+
+SMALL = ["--cls", "widget", "--encoder", "none", "--imageSize", 32, "--numLayer", 2, "--numStack", 1,
+         "--numChannel", 4, "--kernelSize", 3, "--epochs", 2, "--gpu", "cpu", "--numWorkers", 2,
+         "--precision", "fp32"]  # fmt: skip
+
+
+@dataclass
+class Trained:
+    """A finished run on a small class: the data, the run's folder, its checkpoint."""
+
+    data: Path
+    run: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.run / "last.pt"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("trained")
+    make_class(root / "data")
+    train.main([*map(str, SMALL), "--datapath", str(root / "data"), "--saveDir", str(root / "runs")])
+    (run,) = (root / "runs").iterdir()
+    return Trained(root / "data", run)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import make_class
+from conftest import SMALL, make_class
 from PIL import Image
 
 import model as model_module
@@ -27,9 +27,6 @@ from util import atomic_path, create_run_folder
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
 METRICS = ["pixel_auroc", "image_auroc", "pixel_pro", "pixel_pro_30", "f1_max"]
-SMALL = ["--cls", "widget", "--encoder", "none", "--imageSize", 32, "--numLayer", 2, "--numStack", 1,
-         "--numChannel", 4, "--kernelSize", 3, "--epochs", 2, "--gpu", "cpu", "--numWorkers", 2,
-         "--precision", "fp32"]  # fmt: skip
 
 
 def flags(tmp_path, *extra):
