@@ -18,7 +18,7 @@ import torch
 import pictures
 from calibration import calibrate
 from checkpoint import Trained, save_checkpoint
-from dataset import open_class
+from dataset import DATASETS, open_class
 from evaluation import TestSet, features_in_order, result_table
 from hardware import (
     choose_device,
@@ -60,7 +60,7 @@ def main() -> None:
             f"{trained.path} is of class {trained.class_name}, not {name}; leave --cls out, or add --anyClass "
             "if both are the same kind of thing"
         )
-    data = open_class(arguments.datapath, name, need_train=False)
+    data = open_class(arguments.datapath, name, arguments.dataset, need_train=False)
     check_writable(arguments.out, "--out")
     test_set = TestSet.load(data, trained.model, arguments.cache, arguments.numWorkers, device)
     maps = test_set.anomaly_maps(trained.model, trained.template)
@@ -97,6 +97,7 @@ def parse_arguments() -> argparse.Namespace:
         "--datapath", type=Path, default=Path("../mvtec_anomaly_detection"),
         help="folder of the class's folder [../mvtec_anomaly_detection]",
     )  # fmt: skip
+    parser.add_argument("--dataset", choices=DATASETS, default="auto", help="layout of the data [auto]")
     parser.add_argument("--cls", help="class in --datapath [the checkpoint's]")
     parser.add_argument(
         "--anyClass", action="store_true", help="allow another class than the checkpoint's"
@@ -122,7 +123,7 @@ def read_official_weights(arguments: argparse.Namespace, device: torch.device) -
     dtype = network_dtype(choose_precision(arguments.precision, device))
     model.to(device).compute_networks_in(dtype).eval()
     config = model.config
-    data = open_class(arguments.datapath, arguments.cls)
+    data = open_class(arguments.datapath, arguments.cls, arguments.dataset)
     store = ImageStore(
         data.train, config.image_size, arguments.cache, device, arguments.numWorkers, "training images"
     )

@@ -162,7 +162,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
 
 
 def read_mask(image: TestImage) -> np.ndarray:
-    """bool (256,256): resized with PIL bilinear and thresholded at one half.
+    """bool (256,256): made binary, resized with PIL bilinear and thresholded at one half.
 
     Raises:
         InputError: not readable, or of another size than the image.
@@ -175,7 +175,7 @@ def read_mask(image: TestImage) -> np.ndarray:
                 f"{size_text(original.size[::-1])}; they must agree"
             )
     array = np.asarray(mask.convert("L") if mask.mode[0] not in "IF1" else mask, dtype=np.float32)
-    binary = array > _full_scale(array) / 2
+    binary = array > (_full_scale(array) / 2 if image.mask_is_binary else 0)
     resized = Image.fromarray(binary.astype(np.uint8) * 255).resize(
         MASK_SIZE[::-1], Image.Resampling.BILINEAR
     )

@@ -6,7 +6,7 @@ import argparse
 import os
 from dataclasses import dataclass, field, fields
 
-from dataset import MVTEC_TEXTURES
+from dataset import DATASETS, MVTEC_TEXTURES
 from hardware import PRECISIONS
 from loading import CACHES
 from model import ENCODER_BNS, ENCODERS, VOLUME_NORMS, PyramidFlowConfig
@@ -44,10 +44,13 @@ class Settings:
     """All flags of train.py, with the official names and defaults where the official program has them."""
 
     # data
-    cls: str = _flag("tile", "data", "class to train on: a folder of --datapath")
-    datapath: str = _flag(
-        "../mvtec_anomaly_detection", "data", "folder of MVTec AD, or of any data in its layout"
+    cls: str = _flag(
+        "tile", "data", "class to train on: a folder of --datapath; all: one after the other"
     )
+    datapath: str = _flag(
+        "../mvtec_anomaly_detection", "data", "folder of MVTec AD, BTAD, VisA, or data in MVTec's layout"
+    )
+    dataset: str = _flag("auto", "data", "layout of the data; auto recognises it", choices=DATASETS)
     imageSize: list = _flag(
         ("auto",), "data", "input size, one number or H W; auto: 256 with --encoder none, else 1024",
         type=_size, nargs="+", metavar="N",

@@ -131,7 +131,7 @@ class Training:
         device = choose_device(settings.gpu)
         settings = replace(settings, precision=choose_precision(settings.precision, device))
         config = model_config(settings)
-        data = open_class(Path(settings.datapath), settings.cls)
+        data = open_class(Path(settings.datapath), settings.cls, settings.dataset)
         check_batch_size(settings, len(data.train))
         check_writable(Path(settings.saveDir))
         if settings.tensorboard:
