@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_iter
 
 from autoFlow import CouplingModule, SequentialNet, SequentialNF
 from hardware import choose_device, describe_environment
-from model import PyramidFlow, PyramidFlowConfig, fourier_loss
+from model import PyramidFlow, PyramidFlowConfig, pair_loss
 from util import (
     InputError,
     Parser,
@@ -149,7 +149,7 @@ def measure_memory(chain: str, stacks: int, device: torch.device) -> Memory:
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        fourier_loss(model.pyramid, model(images)[0]).backward()
+        pair_loss(model.pyramid, model(images)[0]).backward()
 
     before = _peak_resident()
     step()
@@ -503,7 +503,7 @@ def default_model_ratio(arguments: argparse.Namespace, device: torch.device) -> 
 
         def step(model=model) -> None:
             model.zero_grad(set_to_none=True)
-            fourier_loss(model.pyramid, model(images)[0]).backward()
+            pair_loss(model.pyramid, model(images)[0]).backward()
 
         steps["SequentialNF" if save_memory else "SequentialNet"] = step
     times = interleaved_times(steps, arguments.repeats, device)

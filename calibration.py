@@ -84,12 +84,16 @@ class Calibration:
 
 @torch.no_grad()
 def calibrate(
-    model: PyramidFlow, template: tuple[Tensor, ...], features: Iterable[Tensor]
+    model: PyramidFlow,
+    template: tuple[Tensor, ...],
+    features: Iterable[Tensor],
+    template_is_mean: bool = True,
 ) -> Calibration:
     """Score the images that the template was made of.
 
     Args:
         features: batches (B,C,H,W) of all of them.
+        template_is_mean: of these images; else it does not depend on them.
 
     Raises:
         ValueError: fewer than two images.
@@ -97,7 +101,7 @@ def calibrate(
     maps = torch.cat([at_mask_size(anomaly_map(model, batch, template)) for batch in features])
     if len(maps) < 2:
         raise ValueError("scores against the template of the others need at least two images")
-    return distribution(maps * (len(maps) / (len(maps) - 1)))
+    return distribution(maps * (len(maps) / (len(maps) - 1)) if template_is_mean else maps)
 
 
 def distribution(maps: Tensor) -> Calibration:

@@ -23,12 +23,16 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's mallopt
 def choose_device(gpu: str) -> torch.device:
     """`--gpu`: an index, or "cpu".  Index 0 without any CUDA device falls back to the CPU.
 
+    Under torchrun each process takes the GPU of its number.
+
     Raises:
         InputError: no such device.
     """
     if gpu == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count()
+    if count and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        gpu = os.environ["LOCAL_RANK"]
     if gpu.isdecimal() and int(gpu) < count:
         return torch.device("cuda", int(gpu))
     if gpu == "0":

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dataset import MASK_SIZE, AnomalyClass, TestImage
 from hardware import free_memory
+from parallel import World
 from util import InputError, progress, size_text
 
 CACHES = ("auto", "ram", "none")
@@ -41,6 +42,7 @@ class ImageStore:
         device: where batches go; CUDA keeps the whole store if it takes no more than a third there.
         num_workers: decoding threads.
         description: of the progress bar.
+        world: processes of this machine keep the images once for all.
 
     Raises:
         InputError: an image cannot be read; it is named.  With "none", when it is asked for.
@@ -48,8 +50,9 @@ class ImageStore:
 
     def __init__(
         self, paths: Sequence[Path], size: tuple[int, int], cache: str, device: torch.device,
-        num_workers: int, description: str,
+        num_workers: int, description: str, world: World | None = None,
     ):  # fmt: skip
+        world = world or World()
         self.paths, self.size, self.device = list(paths), size, device
         self._pool = ThreadPoolExecutor(max(1, num_workers))
         self.images: Tensor | None = None
@@ -57,8 +60,11 @@ class ImageStore:
         if cache == "auto":
             fits = num_bytes <= MOST_OF_FREE_MEMORY * free_memory(torch.device("cpu"))
             cache = "ram" if fits else "none"
-        if cache == "ram":
-            self.images = load_images(self.paths, size, num_workers, description)
+        if world.any(cache == "ram"):  # all do alike
+            self.images, fills = world.shared_bytes((len(paths), *size, 3))
+            if fills:
+                load_images(self.paths, self.images, num_workers, description)
+            world.wait()
             if device.type == "cuda" and num_bytes <= MOST_OF_FREE_MEMORY * free_memory(device):
                 self.images = self.images.to(device)
 
@@ -103,17 +109,15 @@ def look_ahead(function: Callable, items: Iterable, depth: int = 2, num_workers:
         pool.shutdown(cancel_futures=True)
 
 
-def load_images(
-    paths: Sequence[Path], size: tuple[int, int], num_workers: int, description: str
-) -> Tensor:
-    """Decode and resize: uint8 (N,h,w,3).
+def load_images(paths: Sequence[Path], out: Tensor, num_workers: int, description: str) -> Tensor:
+    """Decode and resize into `out`, uint8 (N,h,w,3), which is returned.
 
     Raises:
         InputError: an image cannot be read; it is named.
     """
-    images = torch.empty(len(paths), *size, 3, dtype=torch.uint8)
-    _read_all(lambda i: read_image(paths[i], size), images, num_workers, description)
-    return images
+    size = tuple(out.shape[1:3])
+    _read_all(lambda i: read_image(paths[i], size), out, num_workers, description)
+    return out
 
 
 def load_masks(data: AnomalyClass, num_workers: int) -> Tensor | None:
@@ -218,10 +222,10 @@ def training_plan(num_images: int, batch_size: int, augment: str) -> list[Batch]
     )
 
 
-def evaluation_plan(num_images: int, batch_size: int) -> list[Batch]:
-    """All images in order and upright, the last batch as large as it comes."""
-    upright = torch.zeros(num_images, dtype=torch.long)
-    return list(zip(torch.arange(num_images).split(batch_size), upright.split(batch_size), strict=True))
+def evaluation_plan(images: Sequence[int], batch_size: int) -> list[Batch]:
+    """These images in order and upright, the last batch as large as it comes."""
+    batches = torch.tensor(list(images), dtype=torch.long).split(batch_size)
+    return [(batch, torch.zeros_like(batch)) for batch in batches if len(batch)]
 
 
 def random_orientations(count: int, augment: str) -> Tensor:

@@ -10,7 +10,7 @@ Sections below follow the data.  "Eq." and "Sec." refer to Lei et al., PyramidFl
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -26,6 +26,8 @@ from util import size_text
 ENCODERS = ("none", "resnet18", "resnet34")
 ENCODER_BNS = ("batch", "frozen")
 VOLUME_NORMS = ("CVN", "SVN", "none")
+CONTRASTS = ("latent", "composed")
+LOSSES = ("fourier", "spatial", "likelihood")
 RESNET_STRIDE = 4  # conv1 and maxpool each halve the image
 RESNET_CHANNELS = 64
 CLAMP = 2.0  # of the log-scale
@@ -46,6 +48,8 @@ class PyramidFlowConfig:
         kernel_size: k of the two k x k convolutions in each coupling block, odd.
         volume_norm: "CVN", "SVN" or "none".
         image_size: (h, w) of the input images.
+        contrast: "latent", differences of latents are composed; "composed", latents are composed, and
+            then their difference is taken (ablation III of Table 2).
         save_memory: backpropagate by inversion (SequentialNF) or plainly (SequentialNet).
 
     Raises:
@@ -60,6 +64,7 @@ class PyramidFlowConfig:
     kernel_size: int = 7
     volume_norm: str = "CVN"
     image_size: tuple[int, int] = (1024, 1024)
+    contrast: str = "latent"
     save_memory: bool = True
 
     def __post_init__(self):
@@ -70,6 +75,8 @@ class PyramidFlowConfig:
             raise ValueError(f"encoder BN {self.encoder_bn!r} is not one of {', '.join(ENCODER_BNS)}")
         if self.volume_norm not in VOLUME_NORMS:
             raise ValueError(f"volume norm {self.volume_norm!r} is not one of {', '.join(VOLUME_NORMS)}")
+        if self.contrast not in CONTRASTS:
+            raise ValueError(f"contrast {self.contrast!r} is not one of {', '.join(CONTRASTS)}")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(f"kernel size {self.kernel_size} is not odd; try {self.kernel_size + 1}")
         if self.num_level < 2 or self.num_stack < 1 or self.channels < 1:
@@ -165,11 +172,14 @@ class PyramidFlow(nn.Module):
             )
         return self.stem(images.contiguous(memory_format=MEMORY_FORMAT))
 
-    def latents(self, features: Tensor, logdets: bool = False) -> tuple[Tensors, LogDets]:
+    def latents(
+        self, features: Tensor, logdets: bool = False, flow: nn.Module | None = None
+    ) -> tuple[Tensors, LogDets]:
         """Latent pyramid of features (B,C,H,W).
 
         Args:
             logdets: also give the log-determinants, one map per level, per element.
+            flow: to run in place of `self.flow`: a DistributedDataParallel of it.
 
         Returns:
             (latents, log-dets): tuples of L tensors (B,C,H/2^i,W/2^i); None instead of log-dets
@@ -177,7 +187,7 @@ class PyramidFlow(nn.Module):
         """
         levels = self.pyramid.decompose(features)
         zeros = tuple(torch.zeros_like(x) for x in levels) if logdets else None
-        return self.flow(levels, zeros)
+        return (flow or self.flow)(levels, zeros)
 
     def inverse(self, latents: Tensors) -> Tensor:
         """Images (B,3,h,w) from a latent pyramid; of the latent template, the image template (Fig. 7).
@@ -611,10 +621,27 @@ def _sum_to(x: Tensor, like: Tensor) -> Tensor:
 # --------------------------------------------------------------------- loss, template and map
 
 
-def fourier_loss(pyramid: LaplacianPyramid, latents: Tensors) -> Tensor:
-    """Mean spectral magnitude of the composed squared difference of all pairs (Sec. 3.4), a scalar.
+def training_loss(
+    model: PyramidFlow, features: Tensor, kind: str = "fourier", flow: nn.Module | None = None
+) -> Tensor:
+    """The loss of a batch of features (B,C,H,W), a scalar.
 
-    Composition is linear and the same for every channel, so the mean over channels comes first.
+    Args:
+        kind: "fourier" (Sec. 3.4); "spatial" (ablation IV) or "likelihood" (ablation I of Table 2).
+        flow: as in `PyramidFlow.latents`.
+    """
+    latents, logdets = model.latents(features, logdets=kind == "likelihood", flow=flow)
+    if kind == "likelihood":
+        return likelihood_loss(latents, logdets)
+    return pair_loss(model.pyramid, latents, kind, model.config.contrast)
+
+
+def pair_loss(
+    pyramid: LaplacianPyramid, latents: Tensors, kind: str = "fourier", contrast: str = "latent"
+) -> Tensor:
+    """Composed squared differences of all pairs of a batch, averaged over channels; a scalar.
+
+    "fourier": the mean magnitude of their 2-D spectrum.  "spatial": their mean.
 
     Args:
         latents: L levels (B,C,H/2^i,W/2^i), B >= 2.
@@ -625,24 +652,59 @@ def fourier_loss(pyramid: LaplacianPyramid, latents: Tensors) -> Tensor:
     batch = latents[0].shape[0]
     if batch < 2:
         raise ValueError("the loss compares pairs of images: the batch needs at least 2")
-    squares = tuple(_pairwise_square_distances(z) for z in latents)
-    return torch.fft.fft2(pyramid.compose(squares)).abs().mean()
+    pairs = list(itertools.combinations(range(batch), 2))
+    first, second = (tuple(_images(z, [pair[k] for pair in pairs]) for z in latents) for k in (0, 1))
+    maps = compare(pyramid, first, second, torch.square, contrast)
+    return torch.fft.fft2(maps).abs().mean() if kind == "fourier" else maps.mean()
 
 
-def _pairwise_square_distances(z: Tensor) -> Tensor:
-    """(B,C,H,W) -> (B(B-1)/2,1,H,W), mean over channels."""
-    pairs = itertools.combinations(z.split(1), 2)  # whose gradients keep the memory format
-    return torch.cat([(a - b).square().sum(1, keepdim=True) for a, b in pairs]) / z.shape[1]
+def _images(z: Tensor, numbers: list[int]) -> Tensor:
+    """Some images of a batch; unlike indexing, with gradients that keep the memory format."""
+    singles = z.split(1)
+    return singles[numbers[0]] if len(numbers) == 1 else torch.cat([singles[i] for i in numbers])
+
+
+def likelihood_loss(latents: Tensors, logdets: Tensors) -> Tensor:
+    """-log p of a standard normal latent, per dimension: mean of z^2 / 2 - log-det (Eq. 8), a scalar."""
+    energy = sum(z.square().sum() / 2 for z in latents) - sum(d.sum() for d in logdets)
+    return energy / sum(z.numel() for z in latents)
+
+
+def compare(
+    pyramid: LaplacianPyramid,
+    latents: Tensors,
+    others: Tensors,
+    distance: Callable[[Tensor], Tensor],
+    contrast: str,
+) -> Tensor:
+    """Distance of latent pyramids at full resolution, (B,H,W), mean over channels.
+
+    Composition is linear and the same for every channel, so the mean over channels comes first.
+
+    Args:
+        latents, others: L levels (B,C,H/2^i,W/2^i) and (B or 1,C,H/2^i,W/2^i).
+        distance: of the difference, elementwise: torch.square or torch.abs.
+        contrast: see `PyramidFlowConfig`.
+    """
+    if contrast == "composed":
+        latents, others = (pyramid.compose(latents),), (pyramid.compose(others),)
+    levels = (distance(a - b).mean(1, keepdim=True) for a, b in zip(latents, others, strict=True))
+    return pyramid.compose(tuple(levels))[:, 0]
 
 
 @torch.no_grad()
-def latent_template(model: PyramidFlow, features: Iterable[Tensor]) -> Tensors:
+def latent_template(
+    model: PyramidFlow,
+    features: Iterable[Tensor],
+    total: Callable[[list[Tensor], int], tuple[list[Tensor], int]] | None = None,
+) -> Tensors:
     """Mean latent of un-augmented training images: L levels (1,C,H/2^i,W/2^i) (Sec. 3.4).
 
     Always to be computed with the weights it is used with.  The model is put into eval mode.
 
     Args:
         features: batches (B,C,H,W) from `model.encode`.
+        total: adds up the sums of latents, and the number of images, of several processes.
 
     Raises:
         ValueError: no images.
@@ -656,6 +718,8 @@ def latent_template(model: PyramidFlow, features: Iterable[Tensor]) -> Tensors:
         count += len(batch)
     if sums is None:
         raise ValueError("a template needs at least one image")
+    if total is not None:
+        sums, count = total(sums, count)
     return tuple((x / count).float() for x in sums)
 
 
@@ -667,7 +731,4 @@ def anomaly_map(model: PyramidFlow, features: Tensor, template: Tensors) -> Tens
     """
     model.eval()
     latents, _ = model.latents(features)
-    differences = (
-        (z - mean).abs().mean(1, keepdim=True) for z, mean in zip(latents, template, strict=True)
-    )
-    return model.pyramid.compose(tuple(differences))[:, 0]
+    return compare(model.pyramid, latents, template, torch.abs, model.config.contrast)

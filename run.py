@@ -82,24 +82,21 @@ class Run:
         self._board = open_tensorboard(self.folder) if self.settings.tensorboard else None
 
     @classmethod
-    def start(cls, settings: Settings, about: dict, environment: list[str]) -> Run:
+    def start(cls, settings: Settings, about: dict, environment: list[str], state: State) -> Run:
         folder = create_run_folder(Path(settings.saveDir), settings.cls)
         log = start_log(folder / "log.txt", environment)
         write_json(folder / "config.json", about)
         log.info(f"run folder {folder}")
-        return cls(folder, settings, log, State(1, [], torch.get_rng_state()))
+        return cls(folder, settings, log, state)
 
     @classmethod
-    def resume(cls, settings: Settings, state: dict, environment: list[str]) -> Run:
+    def resume(cls, settings: Settings, about: dict, environment: list[str], state: State) -> Run:
         folder = Path(settings.resume)
         for unfinished in folder.glob(".*.tmp"):  # of a write that was killed
             unfinished.unlink()
         log = start_log(folder / "log.txt", environment)
-        run = cls(folder, settings, log, State(**state))
-        log.info(
-            f"going on with {folder} in epoch {run.state.epoch}, {len(run.state.losses)} steps done"
-        )
-        return run
+        log.info(f"going on with {folder} in epoch {state.epoch}, {len(state.losses)} steps done")
+        return cls(folder, settings, log, state)
 
     @property
     def how_to_resume(self) -> str:

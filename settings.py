@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from dataset import DATASETS, MVTEC_TEXTURES
 from hardware import PRECISIONS
 from loading import CACHES
-from model import ENCODER_BNS, ENCODERS, VOLUME_NORMS, PyramidFlowConfig
+from model import CONTRASTS, ENCODER_BNS, ENCODERS, LOSSES, VOLUME_NORMS, PyramidFlowConfig
 from util import InputError, Parser, whole_number
 
 # The official program's choices by class, where a flag says auto.
@@ -17,6 +17,7 @@ AUTO_NUM_LAYER = {"metal_nut": 8, "carpet": 8, "transistor": 8, "screw": 2}
 AUTO_SVN = ("carpet", "grid", "bottle", "transistor")
 AUTO_IMAGE_SIZE = {"none": 256, "resnet18": 1024, "resnet34": 1024}
 
+TEMPLATES = ("mean", "zero")
 NUM_WORKERS = min(os.cpu_count() or 1, 8)
 
 # What may change when a run is resumed: where it computes and where its data are.
@@ -101,6 +102,19 @@ class Settings:
         "auto", "training", "of the flow's k x k convolutions; auto: the fastest that keeps the metrics",
         choices=PRECISIONS,
     )  # fmt: skip
+    # the paper's ablations (Table 2)
+    loss: str = _flag(
+        "fourier", "ablations", "spatial: without the Fourier transform; likelihood: of a Gaussian, for "
+        "--volumeNorm none", choices=LOSSES,
+    )  # fmt: skip
+    template: str = _flag(
+        "mean", "ablations", "what is subtracted from a latent: the mean latent, or zero",
+        choices=TEMPLATES,
+    )  # fmt: skip
+    contrast: str = _flag(
+        "latent", "ablations", "latent: differences are composed; composed: compose, then difference",
+        choices=CONTRASTS,
+    )  # fmt: skip
     # running
     gpu: str = _flag("0", "running", "index of the CUDA device, or cpu")
     evalEvery: int = _flag(
@@ -176,6 +190,7 @@ def model_config(settings: Settings) -> PyramidFlowConfig:
             kernel_size=settings.kernelSize,
             volume_norm=volume_norm,
             image_size=(size[0], size[-1]),
+            contrast=settings.contrast,
             save_memory=settings.saveMemory,
         )
     except ValueError as error:

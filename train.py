@@ -4,7 +4,9 @@
     python train.py --cls tile --encoder none                          # FNF, 256x256, no download
     python train.py --cls screw --encoder none --numLayer 4 --augment none --gpu cpu
     python train.py --cls tile --encoderWeights resnet18-f37072fd.pth  # without network
+    python train.py --cls all                                          # every class, one after the other
     python train.py --resume saveDir/tile-20260101-120000              # go on with a stopped run
+    torchrun --nproc_per_node=4 train.py --cls tile                    # one run on four GPUs
 
 Results go to a new folder saveDir/<cls>-<date-time>/; see the README.
 """
@@ -18,12 +20,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from calibration import Calibration, calibrate
 from checkpoint import fill_encoder, load_checkpoint
-from dataset import AnomalyClass, open_class
-from evaluation import TestSet, features_in_order
+from dataset import AnomalyClass, list_classes, open_class, recognise
+from evaluation import DivergedError, TestSet, features_in_order, mean_row, result_table
 from hardware import (
     Clock,
     choose_device,
@@ -34,7 +36,8 @@ from hardware import (
 )
 from loading import FeatureSource, ImageStore, training_plan
 from metrics import Metrics, evaluate_maps
-from model import PyramidFlow, fourier_loss, latent_template
+from model import PyramidFlow, latent_template, training_loss
+from parallel import World
 from run import LAST_FILE, RESULT_FILE, Run, State, check_tensorboard, load_state
 from settings import Settings, augmentation, flags_without_effect, model_config, parse_settings, resumed
 from util import (
@@ -62,42 +65,94 @@ class Interrupted(InputError):
 
 def main(arguments: list[str] | None = None) -> None:
     settings, given = parse_settings(__doc__, arguments)
-    if settings.resume is None:
-        training = Training.prepare(settings)
-        run = Run.start(training.settings, training.about(), describe_environment(training.device))
+    if settings.cls == "all":
+        train_all_classes(settings)
+    elif settings.resume is None:
+        train_one_class(settings)
     else:
         stored = load_state(Path(settings.resume))
         if (Path(settings.resume) / RESULT_FILE).is_file():
             raise InputError(f"--resume {settings.resume}: this run is finished; its result is there")
-        training = Training.prepare(resumed(stored["settings"], given, settings.resume), stored)
-        run = Run.resume(training.settings, stored["state"], describe_environment(training.device))
-    for line in training.remarks():
-        run.log.info(line)
+        train_one_class(resumed(stored["settings"], given, settings.resume), stored)
+
+
+def train_all_classes(settings: Settings) -> None:
+    """One run for each class of the data set, then a table of all."""
+    datapath = Path(settings.datapath)
+    classes = list_classes(datapath, recognise(datapath, settings.dataset))
+    if not classes:
+        raise InputError(f"no classes in --datapath {datapath}; name a data set's folder")
+    if settings.resume:
+        raise InputError("--resume goes on with the run of one class; leave --cls all out")
+    rows, failed = [], []
+    for name in classes:
+        try:
+            row = train_one_class(replace(settings, cls=name))
+            rows.append((name, f"{row['epoch']} (last)", row))
+        except DivergedError as error:
+            failed.append(f"{name}: {error}")
+    print("\n" + result_table([*rows, *mean_row(rows)]))
+    if failed:
+        raise DivergedError("; ".join(failed))
+
+
+def train_one_class(settings: Settings, stored: dict | None = None) -> dict:
+    """A whole run, or what is left of it; the metrics of the last epoch.
+
+    Args:
+        stored: what a stopped run had saved.
+    """
+    device = choose_device(settings.gpu)
+    world = World.join(device)
+    training = Training.prepare(settings, device, world, stored)
+    state = State(1, [], torch.get_rng_state()) if stored is None else State(**stored["state"])
+    run = None
+    if world.is_main:
+        environment = describe_environment(device)
+        start = Run.start if stored is None else Run.resume
+        run = start(training.settings, training.about(), environment, state)
+        for line in training.remarks():
+            run.log.info(line)
     with StopRequest() as stop:
         try:
-            fit(training, run, stop)
+            fit(training, run, state, stop)
         except KeyboardInterrupt:
-            raise Interrupted(f"stopped in epoch {run.state.epoch}; {run.how_to_resume}") from None
+            how = f"; {run.how_to_resume}" if run else ""
+            raise Interrupted(f"stopped in epoch {state.epoch}{how}") from None
+    world.leave()
+    return state.rows[-1] if state.rows else {}
 
 
-def fit(training: Training, run: Run, stop: StopRequest) -> None:
-    """Train and evaluate, epoch by epoch; then thresholds, pictures and the table."""
-    settings, state = training.settings, run.state
-    run.save_state(training.state_dict())
+def fit(training: Training, run: Run | None, state: State, stop: StopRequest) -> None:
+    """Train and evaluate, epoch by epoch; then thresholds, pictures and the table.
+
+    Args:
+        run: where results are written; None in all processes but one.
+    """
+    settings = training.settings
+
+    def save() -> None:
+        if run:
+            run.save_state(training.state_dict())
+
+    save()
     while state.epoch <= settings.epochs:
         clock = Clock(training.device)
         with clock.part("training"):
-            training.train_one_epoch(state, lambda: run.save_state(training.state_dict()), stop)
-        if state.epoch % settings.evalEvery and state.epoch < settings.epochs:
-            run.log.info(f"epoch {state.epoch}: loss {state.mean_loss:.4f}, {clock}")
-        else:
+            training.train_one_epoch(state, save, stop)
+        if state.epoch % settings.evalEvery == 0 or state.epoch == settings.epochs:
             template, metrics = training.evaluate(clock)
-            run.record(metrics, training.content(template), clock)
+            if run:
+                run.record(metrics, training.content(template), clock)
+        elif run:
+            run.log.info(f"epoch {state.epoch}: loss {state.mean_loss:.4f}, {clock}")
         state.begin_next_epoch()
-        run.save_state(training.state_dict())
-    calibration = run.calibrate(training.calibrate)
-    template = training.restore(load_checkpoint(run.folder / LAST_FILE))
-    run.finish(training.model, template, training.test_set, calibration)
+        save()
+    if run:
+        calibration = run.calibrate(training.calibrate)
+        template = training.restore(load_checkpoint(run.folder / LAST_FILE))
+        test_set = replace(training.test_set, world=World())  # the other processes are done
+        run.finish(training.model, template, test_set, calibration)
 
 
 @dataclass
@@ -109,8 +164,10 @@ class Training:
         data: the class.
         device: where everything is computed.
         model: with its optimiser.
+        flow: the model's, with gradients averaged over the processes.
         train_set: features of the training images.
         test_set: the test images.
+        world: the processes that share the work.
     """
 
     settings: Settings
@@ -118,21 +175,24 @@ class Training:
     device: torch.device
     model: PyramidFlow
     optimizer: torch.optim.Optimizer
+    flow: nn.Module
     train_set: FeatureSource
     test_set: TestSet
+    world: World
 
     @classmethod
-    def prepare(cls, settings: Settings, stored: dict | None = None) -> Training:
+    def prepare(
+        cls, settings: Settings, device: torch.device, world: World, stored: dict | None = None
+    ) -> Training:
         """Read the data and build the model: a new one, or as it was `stored`.
 
         Raises:
             InputError: something is missing, or does not fit together.
         """
-        device = choose_device(settings.gpu)
         settings = replace(settings, precision=choose_precision(settings.precision, device))
         config = model_config(settings)
         data = open_class(Path(settings.datapath), settings.cls, settings.dataset)
-        check_batch_size(settings, len(data.train))
+        check_batch_size(settings, len(data.train), world.size)
         check_writable(Path(settings.saveDir))
         if settings.tensorboard:
             check_tensorboard()
@@ -148,11 +208,13 @@ class Training:
         if stored is not None:
             restore_state(model, optimizer, stored, len(data.train))
         store = ImageStore(
-            data.train, config.image_size, settings.cache, device, settings.numWorkers, "training images"
-        )
+            data.train, config.image_size, settings.cache, device, settings.numWorkers,
+            "training images", world,
+        )  # fmt: skip
         train_set = FeatureSource(store, model.encode, constant=model.encoder_is_constant)
-        test_set = TestSet.load(data, model, settings.cache, settings.numWorkers, device)
-        return cls(settings, data, device, model, optimizer, train_set, test_set)
+        test_set = TestSet.load(data, model, settings.cache, settings.numWorkers, device, world)
+        flow = world.wrap(model.flow)
+        return cls(settings, data, device, model, optimizer, flow, train_set, test_set, world)
 
     def train_one_epoch(
         self, state: State, save: Callable[[], None] = lambda: None, stop: StopRequest | None = None
@@ -170,6 +232,7 @@ class Training:
         plan = training_plan(
             len(self.data.train), self.settings.batchSize, augmentation(self.settings, self.model.config)
         )
+        plan = self.world.share(plan, equal=True)
         done = len(state.losses)
         losses: list[Tensor] = []
         saved = time.monotonic()
@@ -177,16 +240,28 @@ class Training:
         batches = progress(self.train_set.batches(plan[done:]), f"epoch {state.epoch}", len(plan), done)
         with stop.deferred() if stop else contextlib.nullcontext():
             for features in batches:
-                losses.append(train_step(self.model, self.optimizer, features))
-                if self.device.type == "cpu" or len(losses) == STEPS_BETWEEN_CHECKS:
+                losses.append(self.step(features))
+                check = self.device.type == "cpu" or len(losses) == STEPS_BETWEEN_CHECKS
+                if check:
                     state.add(losses)
-                if time.monotonic() - saved > SECONDS_BETWEEN_SAVES or (stop and stop.asked):
+                stopping = check and stop is not None and self.world.any(stop.asked)
+                if stopping or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                     state.add(losses)
                     save()
                     saved = time.monotonic()
-                if stop and stop.asked:
+                if stopping:
                     raise KeyboardInterrupt
             state.add(losses)
+        self.world.average(self.model.buffers())  # in training nothing reads the running statistics
+
+    def step(self, features: Tensor) -> Tensor:
+        """One step of the optimiser; the loss, still on the device: nothing here waits for it."""
+        loss = training_loss(self.model, features, self.settings.loss, self.flow)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.flow.parameters(), MAX_GRADIENT_NORM)
+        self.optimizer.step()
+        return loss.detach()
 
     def evaluate(self, clock: Clock) -> tuple[tuple[Tensor, ...], Metrics]:
         """The template of the training images, and the metrics of the test images against it.
@@ -194,20 +269,29 @@ class Training:
         Raises:
             DivergedError: a score is not finite.
         """
-        config = self.model.eval().config
+        self.model.eval()
         with clock.part("template"):
-            template = latent_template(self.model, features_in_order(self.train_set, config, "template"))
+            template = self.template()
         with clock.part("test"):
             maps = self.test_set.anomaly_maps(self.model, template)
         with clock.part("metrics"):
             metrics = evaluate_maps(maps, self.test_set.truth)
         return template, metrics
 
+    def template(self) -> tuple[Tensor, ...]:
+        """The latent template (1,C,H/2^i,W/2^i), alike in all processes."""
+        config = self.model.config
+        if self.settings.template == "zero":
+            sizes = [config.level_size(i) for i in range(config.num_level)]
+            return tuple(torch.zeros(1, config.channels, *size, device=self.device) for size in sizes)
+        features = features_in_order(self.train_set, config, "template", self.world)
+        return latent_template(self.model, features, self.world.total)
+
     def calibrate(self, content: dict) -> Calibration:
         """Scores of good images with the weights and the template of a checkpoint."""
         template = self.restore(content)
         features = features_in_order(self.train_set, self.model.config, "good scores")
-        return calibrate(self.model, template, features)
+        return calibrate(self.model, template, features, self.settings.template == "mean")
 
     def restore(self, content: dict) -> tuple[Tensor, ...]:
         """Take the weights of a checkpoint of this run; its template is returned."""
@@ -261,7 +345,12 @@ class Training:
         return lines
 
 
-def check_batch_size(settings: Settings, num_images: int) -> None:
+def check_batch_size(settings: Settings, num_images: int, num_processes: int) -> None:
+    if num_images < settings.batchSize * num_processes and num_processes > 1:
+        raise InputError(
+            f"{num_processes} processes with --batchSize {settings.batchSize} need more than the {num_images} "
+            "training images; start fewer"
+        )
     if settings.batchSize < 2:
         raise InputError("--batchSize 1: the loss compares pairs of images; use at least 2")
     if settings.batchSize > num_images:
@@ -294,17 +383,6 @@ def restore_state(
         optimizer.load_state_dict(stored["optimizer"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError("--resume: the stored state does not fit its settings; start again") from None
-
-
-def train_step(model: PyramidFlow, optimizer: torch.optim.Optimizer, features: Tensor) -> Tensor:
-    """One step of the optimiser; the loss, still on the device: nothing here waits for it."""
-    latents, _ = model.latents(features)
-    loss = fourier_loss(model.pyramid, latents)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], MAX_GRADIENT_NORM)
-    optimizer.step()
-    return loss.detach()
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import train
+from loading import load_images
 from util import run_script
 
 SIZE = 32
@@ -49,6 +51,11 @@ def make_class(root: Path, name="widget", masks=True, num_train=6, num_test=3) -
 def widget(tmp_path):
     """The folder of a small class, in tmp_path / "data"."""
     return make_class(tmp_path / "data")
+
+
+def read_images(paths, size):
+    """uint8 (N,h,w,3)."""
+    return load_images(paths, torch.empty(len(paths), *size, 3, dtype=torch.uint8), 1, "x")
 
 
 SMALL = ["--cls", "widget", "--encoder", "none", "--imageSize", 32, "--numLayer", 2, "--numStack", 1,

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_class, save_image
+from conftest import make_class, read_images, save_image
 
 from dataset import list_classes, open_class, recognise
-from loading import load_images, load_masks
+from loading import load_masks
 from util import InputError
 
 
@@ -171,7 +171,7 @@ def test_btad(tmp_path):
     assert not masks[0].any()  # all zero, and a defect all the same
     assert masks[1].any()
     assert not masks[2].any()
-    assert load_images(data.train, (64, 64), 1, "x").shape == (3, 64, 64, 3)
+    assert read_images(data.train, (64, 64)).shape == (3, 64, 64, 3)
     assert load_masks(open_class(tmp_path, "01"), 1)[1].float().mean() == pytest.approx(
         35 / 400, abs=0.01
     )

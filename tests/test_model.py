@@ -1,5 +1,6 @@
 """The network computes what the official one does, and is what the paper says: invertible, with known volume."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from model import (
     PyramidFlowConfig,
     anomaly_map,
     coupling_schedule,
-    fourier_loss,
     latent_template,
     load_encoder_weights,
+    pair_loss,
+    training_loss,
 )
 from official import convert_state_dict
 
@@ -97,7 +99,7 @@ def test_parity_of_a_training_step(official, save_memory):
     latents, logdets = model(official["train_input"])
     assert logdets is None
     assert_all_parity(latents, official["train_output"], "latents")
-    loss = fourier_loss(model.pyramid, latents)
+    loss = pair_loss(model.pyramid, latents)
     assert abs(loss.item() / official["loss"] - 1) < 1e-4
     loss.backward()
 
@@ -211,7 +213,7 @@ def test_volume_normalization_keeps_the_volume_while_training(volume_norm):
 @pytest.mark.parametrize("save_memory", [True, False])
 def test_every_parameter_gets_a_gradient_except_the_stems(save_memory):
     model = small_model(num_level=4, save_memory=save_memory)
-    fourier_loss(model.pyramid, model(images(model))[0]).backward()
+    pair_loss(model.pyramid, model(images(model))[0]).backward()
     for name, p in model.named_parameters():
         if name.startswith("stem"):
             assert p.grad is None
@@ -224,7 +226,7 @@ def test_memory_saving_gives_the_same_gradients():
     for save_memory in (True, False):
         model = small_model(num_level=4, save_memory=save_memory)
         latents, logdets = model(images(model), logdets=True)
-        (fourier_loss(model.pyramid, latents) + sum(d.square().sum() for d in logdets)).backward()
+        (pair_loss(model.pyramid, latents) + sum(d.square().sum() for d in logdets)).backward()
         grads.append([p.grad for p in model.flow.parameters()])
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
 
@@ -331,7 +333,7 @@ def test_statistics_move_once_per_step_and_never_in_eval_or_inverse(save_memory)
     model = small_model(volume_norm="CVN", save_memory=save_memory).train()
     latents, _ = model(images(model))
     after_forward = {name: b.clone() for name, b in model.named_buffers()}
-    fourier_loss(model.pyramid, latents).backward()
+    pair_loss(model.pyramid, latents).backward()
     model.inverse(latents)
     model.eval()(images(model))
     for name, b in model.named_buffers():
@@ -360,9 +362,52 @@ def test_fourier_loss_is_the_mean_spectrum_over_all_pairs():
     for i, j in ((0, 1), (0, 2), (1, 2)):
         composed = pyramid.compose(tuple((z[i : i + 1] - z[j : j + 1]).abs() ** 2 for z in latents))
         spectra.append(torch.fft.fft2(composed.mean(1)).abs())
-    torch.testing.assert_close(fourier_loss(pyramid, latents), torch.stack(spectra).mean())
+    torch.testing.assert_close(pair_loss(pyramid, latents), torch.stack(spectra).mean())
     with pytest.raises(ValueError, match="at least 2"):
-        fourier_loss(pyramid, tuple(z[:1] for z in latents))
+        pair_loss(pyramid, tuple(z[:1] for z in latents))
+
+
+def test_spatial_loss_is_the_mean_composed_difference():
+    """Ablation IV."""
+    pyramid = LaplacianPyramid(2).double()
+    latents = (torch.randn(2, 3, 8, 8).double(), torch.randn(2, 3, 4, 4).double())
+    composed = pyramid.compose(tuple((z[:1] - z[1:]) ** 2 for z in latents))
+    torch.testing.assert_close(pair_loss(pyramid, latents, "spatial"), composed.mean())
+
+
+@pytest.mark.parametrize("kind", ["fourier", "spatial"])
+def test_composed_contrast_takes_the_difference_at_full_resolution(kind):
+    """Ablation III: compose, then difference."""
+    pyramid = LaplacianPyramid(2).double()
+    latents = (torch.randn(2, 3, 8, 8).double(), torch.randn(2, 3, 4, 4).double())
+    full = pyramid.compose(latents)
+    squares = ((full[0] - full[1]) ** 2).mean(0)
+    expected = torch.fft.fft2(squares).abs().mean() if kind == "fourier" else squares.mean()
+    torch.testing.assert_close(pair_loss(pyramid, latents, kind, "composed"), expected)
+
+
+def test_composed_contrast_of_maps():
+    model = small_model(contrast="composed").eval()
+    x = images(model, batch=3)
+    features = model.encode(x)
+    template = tuple(t.double() for t in latent_template(model, [features]))
+    with torch.no_grad():
+        latents, _ = model.latents(features)
+        difference = model.pyramid.compose(latents) - model.pyramid.compose(template)
+    torch.testing.assert_close(anomaly_map(model, features, template), difference.abs().mean(1))
+
+
+def test_likelihood_loss_is_that_of_a_gaussian_under_the_flow():
+    """Ablation I, Eq. 8: -log p(x) = -log N(f(x)) - log|det df/dx|, per dimension, up to log(2 pi) / 2."""
+    model = small_model(num_level=2, image_size=(4, 4), volume_norm="none", save_memory=False).eval()
+    features = model.encode(images(model, batch=1)).detach()
+    levels = model.pyramid.decompose(features)
+    jacobian = flow_jacobian(lambda xs: model.flow(xs)[0], levels)
+    z = torch.cat([x.flatten() for x in model.latents(features)[0]])
+    normal = torch.distributions.Normal(0, 1)
+    expected = -(normal.log_prob(z).sum() + torch.linalg.slogdet(jacobian)[1]) / z.numel()
+    loss = training_loss(model, features, "likelihood") + 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(loss, expected.detach(), check_dtype=False)
 
 
 def test_template_is_the_mean_latent_whatever_the_batches():
@@ -398,6 +443,7 @@ def test_anomaly_map_of_the_template_itself_is_zero():
         ({"encoder": "vgg"}, "'vgg' is not one of"),
         ({"volume_norm": "BN"}, "'BN' is not one of"),
         ({"num_level": 1}, "at least 2 levels"),
+        ({"contrast": "none"}, "'none' is not one of latent, composed"),
     ],
 )
 def test_impossible_configurations_name_the_remedy(changes, message):
@@ -463,7 +509,7 @@ def test_save_memory_chooses_the_chain():
 def test_the_state_dict_has_its_final_shapes_from_construction_on():
     model = small_model()
     shapes = {name: x.shape for name, x in model.state_dict().items()}
-    fourier_loss(model.pyramid, model.train()(images(model))[0]).backward()
+    pair_loss(model.pyramid, model.train()(images(model))[0]).backward()
     assert {name: x.shape for name, x in model.state_dict().items()} == shapes
     fresh = PyramidFlow(PyramidFlowConfig(**model.config.to_dict())).double()
     fresh.load_state_dict(model.state_dict())

@@ -15,12 +15,12 @@ from checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
-# Trains, and kills itself with SIGKILL in one of os.replace's calls (before or after it) or of train_step's.
+# Trains, and kills itself with SIGKILL in one of os.replace's calls (before or after it) or of Training.step's.
 KILLED = """
 import os, signal, sys
 import train
 target, number, moment = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-owner = {"replace": os, "train_step": train}[target]
+owner = {"replace": os, "step": train.Training}[target]
 original, calls = getattr(owner, target), []
 def killing(*arguments, **options):
     calls.append(1)
@@ -97,8 +97,8 @@ def assert_equal_content(x, y, where):
 @pytest.mark.parametrize(
     ("target", "number", "moment"),
     [
-        ("train_step", 2, "before"),  # in the first epoch
-        ("train_step", 5, "after"),  # in the second
+        ("step", 2, "before"),  # in the first epoch
+        ("step", 5, "after"),  # in the second
         ("replace", 4, "before"),  # while a checkpoint is written
         ("replace", 5, "after"),
         ("replace", 12, "before"),  # after the last epoch
@@ -124,7 +124,7 @@ def test_killed_and_resumed_equals_uninterrupted(data, uninterrupted, tmp_path, 
 def test_ctrl_c_ends_the_step_and_says_how_to_go_on(
     data, uninterrupted, tmp_path, run_main, monkeypatch, number
 ):
-    original, steps = train.train_step, []
+    original, steps = train.Training.step, []
 
     def interrupted(*arguments):
         steps.append(1)
@@ -132,7 +132,7 @@ def test_ctrl_c_ends_the_step_and_says_how_to_go_on(
             os.kill(os.getpid(), number)
         return original(*arguments)
 
-    monkeypatch.setattr(train, "train_step", interrupted)
+    monkeypatch.setattr(train.Training, "step", interrupted)
     before = signal.getsignal(number)
     code, _, err = run_main(train.main, flags(data, tmp_path / "runs", "--evalEvery", 2))
     assert signal.getsignal(number) == before
@@ -156,7 +156,7 @@ def stopped(data, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_step", stop)
+        patch.setattr(train.Training, "step", stop)
         with pytest.raises(train.Interrupted):
             train.main(flags(data, tmp_path / "runs"))
     return only_run(tmp_path / "runs")

@@ -18,7 +18,7 @@ import train
 from checkpoint import load_checkpoint
 from dataset import open_class
 from evaluation import TestSet, features_in_order
-from loading import FeatureSource, ImageStore, load_images, normalise
+from loading import FeatureSource, ImageStore
 from metrics import evaluate_maps
 from model import PyramidFlow, PyramidFlowConfig, latent_template
 from settings import model_config, parse_settings
@@ -157,16 +157,42 @@ def test_memory_saving_changes_nothing_but_memory(tmp_path, run_main):
     assert losses[0] == losses[1]
 
 
-def test_training_pulls_the_latents_of_good_images_together(tmp_path):
-    folder = make_class(tmp_path, num_train=4)
-    torch.manual_seed(0)
-    model = PyramidFlow(model_config(parse_settings("", [*map(str, SMALL)])[0]))
-    images = load_images(sorted((folder / "train" / "good").iterdir()), (32, 32), 1, "x")
-    batch = model.encode(normalise(images))
-    optimizer = train.make_optimizer(model)
-    model.train()
-    losses = [train.train_step(model, optimizer, batch).item() for _ in range(21)]
-    assert losses[0] > losses[10] > losses[20]
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        ["--loss", "spatial"],
+        ["--loss", "likelihood", "--volumeNorm", "none"],
+        ["--contrast", "composed"],
+        ["--template", "zero"],
+    ],
+    ids=["baseline", "spatial", "likelihood", "composed", "zero template"],
+)
+def test_the_method_and_each_ablation_train_stably(tmp_path, run_main, extra):
+    make_class(tmp_path / "data", num_train=10)
+    code, _, err = run_main(train.main, flags(tmp_path, "--epochs", 6, *extra))
+    assert code == 0, err
+    rows = list(csv.DictReader((only_run(tmp_path) / "metrics.csv").open()))
+    losses = [float(row["loss"]) for row in rows]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] < losses[0]
+    if "zero" in extra:
+        template = load_checkpoint(only_run(tmp_path) / "last.pt")["template"]
+        assert not any(x.any() for x in template)
+
+
+def test_all_classes_one_after_the_other(tmp_path, run_main):
+    for name in ("bolt", "nut"):
+        make_class(tmp_path / "data", name)
+    code, out, err = run_main(train.main, flags(tmp_path, "--cls", "all", "--epochs", 1))
+    assert code == 0, err
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert [run.name.split("-")[0] for run in runs] == ["bolt", "nut"]
+    table = out.split("| class |")[-1].splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:5]] == ["bolt", "nut", "mean of 2"]
+    rows = [[float(x) for x in line.split("|")[3:8]] for line in table[2:5]]
+    for a, b, mean in zip(*rows, strict=True):
+        assert mean == pytest.approx((a + b) / 2, abs=0.006)
 
 
 def test_only_every_nth_epoch_and_the_last_are_evaluated(tmp_path, run_main):
@@ -237,13 +263,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
     tmp_path, run_main, monkeypatch
 ):
     calls = []
-    original = model_module.fourier_loss
+    original = model_module.training_loss
 
     def breaks_in_the_second_epoch(*arguments):
         calls.append(1)
         return original(*arguments) * (math.nan if len(calls) > 4 else 1)
 
-    monkeypatch.setattr(train, "fourier_loss", breaks_in_the_second_epoch)
+    monkeypatch.setattr(train, "training_loss", breaks_in_the_second_epoch)
     code, _, err = run_main(train.main, flags(tmp_path))
     assert code == 1
     assert "the loss became nan at step 2" in err
