@@ -16,7 +16,7 @@ test: .venv/test.stamp
 	$(call install,requirements.txt)
 	touch $@
 
-.venv/test.stamp: requirements.txt requirements-dev.txt
+.venv/test.stamp: requirements.txt requirements-optional.txt requirements-dev.txt
 	$(call install,requirements-dev.txt)
 	touch .venv/demo.stamp $@
 

@@ -178,6 +178,19 @@ def save_roc_and_pro(path: Path, images: Ranking, pixels: Ranking, region_shares
     _save(figure, path)
 
 
+def save_stack(path: Path, panels: list[Path]) -> None:
+    """Pictures of files, one below the other."""
+    images = [Image.fromarray(read(panel)) for panel in panels]
+    width = max(image.width for image in images)
+    stack = Image.new("RGB", (width, sum(image.height for image in images)), "white")
+    top = 0
+    for image in images:
+        stack.paste(image, (0, top))
+        top += image.height
+    with atomic_path(path) as temporary:
+        stack.save(temporary, format="png")
+
+
 def save_curves(path: Path, rows: list[dict]) -> None:
     """Loss and metrics over epochs, from the rows of metrics.csv."""
     epochs = [row["epoch"] for row in rows]

@@ -1,0 +1,185 @@
+"""Many trainings: one after the other, side by side on several GPUs, or on a Slurm cluster, through submitit.
+
+A job whose result is there is not run again.  One that fails or is killed is tried once more, from where it
+stopped; the others go on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from run import RESULT_FILE, STATE_FILE
+from util import InputError
+
+ROOT = Path(__file__).parent
+ATTEMPTS = 2
+SECONDS_BETWEEN_LOOKS = 0.5
+SLURM_MINUTES = 24 * 60
+LOCAL_MINUTES = 30 * 24 * 60  # submitit would stop a local job after five
+INSTALL = "pip install submitit"
+
+
+@dataclass
+class Job:
+    """One training.
+
+    Attributes:
+        name: of the job, for people.
+        flags: of train.py.
+        folder: of the job's own; the run's folder is made in it.
+        attempts: so far.
+    """
+
+    name: str
+    flags: list[str]
+    folder: Path
+    attempts: int = field(default=0, compare=False)
+
+    def command(self) -> list[str]:
+        """Start, or go on where an earlier try stopped."""
+        stopped = sorted(self.folder.glob(f"*/{STATE_FILE}"), key=lambda path: path.stat().st_mtime)
+        flags = (
+            ["--resume", str(stopped[-1].parent)]
+            if stopped
+            else [*self.flags, "--saveDir", str(self.folder)]
+        )
+        return [sys.executable, str(ROOT / "train.py"), *flags]
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "output.txt"
+
+    def run_folder(self) -> Path | None:
+        """Where the result is, if there is one."""
+        return next((path.parent for path in self.folder.glob(f"*/{RESULT_FILE}")), None)
+
+    def result(self) -> dict | None:
+        folder = self.run_folder()
+        return None if folder is None else json.loads((folder / RESULT_FILE).read_text())
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Where jobs run.
+
+    Attributes:
+        gpus: indices of the GPUs to use; empty: the CPU.
+        jobs: how many at once; 0: one on each GPU, or one on the CPU.
+        slurm: sbatch's options, partition=gpu and the like; None: this machine.
+    """
+
+    gpus: tuple[int, ...] = ()
+    jobs: int = 0
+    slurm: dict[str, str] | None = None
+
+    def places(self, num_jobs: int) -> list[int | None]:
+        """The GPU of each job that runs at the same time; None: no matter which, or the CPU."""
+        if self.slurm is not None:
+            return [None] * num_jobs
+        if not self.gpus:
+            return [None] * max(1, self.jobs)
+        return [self.gpus[i % len(self.gpus)] for i in range(self.jobs or len(self.gpus))]
+
+
+def run_jobs(
+    jobs: Sequence[Job], machines: Machines, folder: Path, report: Callable[[Job, str], None]
+) -> list[Job]:
+    """Run what has no result yet; the jobs that failed.
+
+    Args:
+        folder: for submitit's files.
+        report: told of every job that "starts", is "done", "failed", or "failed, once more".
+
+    Raises:
+        InputError: submitit is missing.
+        KeyboardInterrupt: after the running jobs were stopped.
+    """
+    waiting = deque(job for job in jobs if job.result() is None)
+    if not waiting:
+        return []
+    places = machines.places(len(waiting))
+    free, running, failed = deque(range(len(places))), {}, []
+    submit = _submitter(machines, folder, threads=max(1, (os.cpu_count() or 1) // len(places)))
+    try:
+        while waiting or running:
+            while waiting and free:
+                job, place = waiting.popleft(), free.popleft()
+                report(job, "starts")
+                running[place] = job, submit(job, places[place])
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            for place, (job, handle) in list(running.items()):
+                if not handle.done():
+                    continue
+                del running[place]
+                free.append(place)
+                if job.result() is not None:
+                    report(job, "done")
+                elif job.attempts < ATTEMPTS:
+                    report(job, "failed, once more")
+                    waiting.append(job)
+                else:
+                    report(job, "failed")
+                    failed.append(job)
+    finally:
+        for _, handle in running.values():
+            handle.cancel()
+    return failed
+
+
+def _submitter(machines: Machines, folder: Path, threads: int):
+    try:
+        import cloudpickle
+        import submitit
+    except ImportError as error:
+        raise InputError(f"running the jobs needs the package {error.name}: {INSTALL}") from None
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the job may not find this file
+    on_slurm = machines.slurm is not None
+    executor = submitit.AutoExecutor(folder=folder, cluster="slurm" if on_slurm else "local")
+    parameters = slurm_parameters(machines.slurm) if on_slurm else {"timeout_min": LOCAL_MINUTES}
+    executor.update_parameters(**parameters)
+
+    def submit(job: Job, gpu: int | None):
+        job.attempts += 1
+        job.folder.mkdir(parents=True, exist_ok=True)
+        environment = dict(os.environ)
+        if not on_slurm:
+            environment["OMP_NUM_THREADS"] = str(threads)
+            environment["CUDA_VISIBLE_DEVICES"] = "" if gpu is None else str(gpu)
+        return executor.submit(
+            _run_training, job.command(), str(job.log), None if on_slurm else environment
+        )
+
+    return submit
+
+
+def slurm_parameters(options: dict[str, str]) -> dict[str, object]:
+    """submitit's names for sbatch's options; `time` in minutes."""
+    options = dict(options)
+    minutes = int(options.pop("time", SLURM_MINUTES))
+    return {"timeout_min": minutes, **{f"slurm_{key}": value for key, value in options.items()}}
+
+
+def _run_training(command: list[str], log: str, environment: dict[str, str] | None) -> int:
+    """In the job's own process; what the training prints goes to the log."""
+    import signal
+    import subprocess
+
+    with open(log, "a") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        for number in (signal.SIGINT, signal.SIGTERM):  # a job that is cancelled stops its training
+            signal.signal(number, lambda number, frame: process.send_signal(number))
+        return process.wait()
+
+
+def shown(command: Sequence[str]) -> str:
+    """As it can be pasted into a shell."""
+    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
