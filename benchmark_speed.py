@@ -177,12 +177,9 @@ def step_table(cases: list[Case], times: dict, memory: dict[Case, int], num_imag
             f"| {case.precision} | {'on' if case.save_memory else 'off'} | {statistics.median(seconds):.3f} | "
             f"{to_floor:.2f} | {to_without:.2f} | {memory[case] / MIB:.0f} | {rate:.2f} |"
         )
-    floors = [
-        f"{k[1]} {statistics.median(t):.3f} s"
-        for k, t in times.items()
-        if isinstance(k, tuple) and k[0] == "floor"
-    ]
-    return "\n".join([*lines, "", f"Floor: {', '.join(floors)}."])
+    precisions = dict.fromkeys(case.precision for case in cases)
+    floors = ", ".join(f"{p} {statistics.median(times['floor', p]):.3f} s" for p in precisions)
+    return "\n".join([*lines, "", f"Floor: {floors}."])
 
 
 # -------------------------------------------------------------------------------------- epoch
@@ -283,8 +280,8 @@ def benchmark_precision(arguments: argparse.Namespace, device: torch.device) -> 
     exact = loss_and_gradient(model, pairs, torch.float64)
     lines = [
         f"One trained state of class {data.name} (epoch {trained.metrics.get('epoch')}): relative errors of the",
-        f"mean loss of {len(pairs)} batches of {BATCH} and of its gradient against float64; metrics of all test images",
-        "with the same weights and template, percent.",
+        f"mean loss of {len(pairs)} batches of {BATCH} and of its gradient, against float64; metrics of all test",
+        "images with the same weights and template, percent.",
         "",
         "| precision | loss | gradient | " + " | ".join(METRIC_NAMES.values()) + " |",
         "|---|---|---|" + "---|" * len(METRIC_NAMES),
@@ -297,7 +294,7 @@ def benchmark_precision(arguments: argparse.Namespace, device: torch.device) -> 
         error = float((gradient - exact[1]).norm() / exact[1].norm())
         shown = " | ".join(percent(values[key]) for key in METRIC_NAMES)
         lines.append(f"| {precision} | {abs(loss / exact[0] - 1):.1e} | {error:.1e} | {shown} |")
-    lines += ["", f"`auto` on this machine: {choose_precision('auto', device)}."]
+    lines += ["", f"`auto` on this machine: {choose_precision('auto', device, config.channels)}."]
     report(arguments.out, "precision", device, "\n".join(lines))
 
 

@@ -48,7 +48,6 @@ class Trained:
         Raises:
             InputError: it is missing, damaged, of another version, or holds what does not fit together.
         """
-        dtype = network_dtype(choose_precision(precision, device))
         content = load_checkpoint(path)
         try:
             config = read_config(content["config"])
@@ -63,7 +62,8 @@ class Trained:
             raise InputError(
                 f"{path} is damaged ({reason}); use another checkpoint, or train again"
             ) from None
-        model.to(device).compute_networks_in(dtype).eval()
+        precision = choose_precision(precision, device, config.channels)
+        model.to(device).compute_networks_in(network_dtype(precision)).eval()
         return cls(path, name, model, tuple(x.to(device) for x in template), metrics, calibration)
 
     def content(self, metrics: dict) -> dict:

@@ -189,8 +189,9 @@ class Training:
         Raises:
             InputError: something is missing, or does not fit together.
         """
-        settings = replace(settings, precision=choose_precision(settings.precision, device))
         config = model_config(settings)
+        precision = choose_precision(settings.precision, device, config.channels)
+        settings = replace(settings, precision=precision)
         data = open_class(Path(settings.datapath), settings.cls, settings.dataset)
         check_batch_size(settings, len(data.train), world.size)
         check_writable(Path(settings.saveDir))
