@@ -58,6 +58,13 @@ class State:
                 raise DivergedError(f"the loss became {loss} at step {len(self.losses)} of the epoch")
         losses.clear()
 
+    def add_row(self, metrics: Metrics, clock: Clock) -> None:
+        """The metrics of this epoch."""
+        seconds = round(sum(clock.seconds.values()), 2)
+        self.rows.append(
+            {"epoch": self.epoch, "loss": self.mean_loss, **asdict(metrics), "seconds": seconds}
+        )
+
     def begin_next_epoch(self) -> None:
         self.epoch, self.losses, self.random_state = self.epoch + 1, [], torch.get_rng_state()
 
@@ -110,16 +117,14 @@ class Run:
         """
         save_checkpoint(self.folder / STATE_FILE, {**content, "state": asdict(self.state)})
 
-    def record(self, metrics: Metrics, content: dict, clock: Clock) -> None:
-        """A row in metrics.csv, last.pt, and best_*.pt where this epoch is the best so far.
+    def record(self, content: dict, clock: Clock) -> None:
+        """The last row goes to metrics.csv, the weights to last.pt, and to best_*.pt where they are the best.
 
         Args:
             content: weights, template and configuration.
         """
         state, rows = self.state, self.state.rows
-        seconds = round(sum(clock.seconds.values()), 2)
-        row = {"epoch": state.epoch, "loss": state.mean_loss, **asdict(metrics), "seconds": seconds}
-        rows.append(row)
+        row = rows[-1]
         content = {**content, "metrics": row}
         save_checkpoint(self.folder / LAST_FILE, content)
         for metric in self._selection():
@@ -220,6 +225,8 @@ def load_state(folder: Path) -> dict:
         raise InputError(
             f"--resume {folder}: no {STATE_FILE} in it; name a run's folder, or start again"
         )
+    if (folder / RESULT_FILE).is_file():
+        raise InputError(f"--resume {folder}: this run is finished; its result is there")
     content = load_checkpoint(folder / STATE_FILE)
     try:
         same = (

@@ -38,7 +38,7 @@ from loading import FeatureSource, ImageStore, training_plan
 from metrics import Metrics, evaluate_maps
 from model import PyramidFlow, latent_template, training_loss
 from parallel import World
-from run import LAST_FILE, RESULT_FILE, Run, State, check_tensorboard, load_state
+from run import LAST_FILE, Run, State, check_tensorboard, load_state
 from settings import Settings, augmentation, flags_without_effect, model_config, parse_settings, resumed
 from util import (
     InputError,
@@ -65,45 +65,46 @@ class Interrupted(InputError):
 
 def main(arguments: list[str] | None = None) -> None:
     settings, given = parse_settings(__doc__, arguments)
-    if settings.cls == "all":
-        train_all_classes(settings)
-    elif settings.resume is None:
-        train_one_class(settings)
-    else:
+    stored = None
+    if settings.resume:
         stored = load_state(Path(settings.resume))
-        if (Path(settings.resume) / RESULT_FILE).is_file():
-            raise InputError(f"--resume {settings.resume}: this run is finished; its result is there")
-        train_one_class(resumed(stored["settings"], given, settings.resume), stored)
+        settings = resumed(stored["settings"], given, settings.resume)
+    device = choose_device(settings.gpu)
+    world = World.join(device)
+    if settings.cls == "all":
+        train_all_classes(settings, device, world)
+    else:
+        train_one_class(settings, device, world, stored)
+    world.leave()
 
 
-def train_all_classes(settings: Settings) -> None:
+def train_all_classes(settings: Settings, device: torch.device, world: World) -> None:
     """One run for each class of the data set, then a table of all."""
     datapath = Path(settings.datapath)
     classes = list_classes(datapath, recognise(datapath, settings.dataset))
     if not classes:
         raise InputError(f"no classes in --datapath {datapath}; name a data set's folder")
-    if settings.resume:
-        raise InputError("--resume goes on with the run of one class; leave --cls all out")
     rows, failed = [], []
     for name in classes:
         try:
-            row = train_one_class(replace(settings, cls=name))
+            row = train_one_class(replace(settings, cls=name), device, world)
             rows.append((name, f"{row['epoch']} (last)", row))
         except DivergedError as error:
             failed.append(f"{name}: {error}")
-    print("\n" + result_table([*rows, *mean_row(rows)]))
+    if world.is_main:
+        print("\n" + result_table([*rows, *mean_row(rows)]))
     if failed:
         raise DivergedError("; ".join(failed))
 
 
-def train_one_class(settings: Settings, stored: dict | None = None) -> dict:
+def train_one_class(
+    settings: Settings, device: torch.device, world: World, stored: dict | None = None
+) -> dict:
     """A whole run, or what is left of it; the metrics of the last epoch.
 
     Args:
         stored: what a stopped run had saved.
     """
-    device = choose_device(settings.gpu)
-    world = World.join(device)
     training = Training.prepare(settings, device, world, stored)
     state = State(1, [], torch.get_rng_state()) if stored is None else State(**stored["state"])
     run = None
@@ -119,8 +120,7 @@ def train_one_class(settings: Settings, stored: dict | None = None) -> dict:
         except KeyboardInterrupt:
             how = f"; {run.how_to_resume}" if run else ""
             raise Interrupted(f"stopped in epoch {state.epoch}{how}") from None
-    world.leave()
-    return state.rows[-1] if state.rows else {}
+    return state.rows[-1]
 
 
 def fit(training: Training, run: Run | None, state: State, stop: StopRequest) -> None:
@@ -142,8 +142,9 @@ def fit(training: Training, run: Run | None, state: State, stop: StopRequest) ->
             training.train_one_epoch(state, save, stop)
         if state.epoch % settings.evalEvery == 0 or state.epoch == settings.epochs:
             template, metrics = training.evaluate(clock)
+            state.add_row(metrics, clock)
             if run:
-                run.record(metrics, training.content(template), clock)
+                run.record(training.content(template), clock)
         elif run:
             run.log.info(f"epoch {state.epoch}: loss {state.mean_loss:.4f}, {clock}")
         state.begin_next_epoch()
@@ -246,6 +247,8 @@ class Training:
                 if check:
                     state.add(losses)
                 stopping = check and stop is not None and self.world.any(stop.asked)
+                if stopping:
+                    self.world.average(self.model.buffers())
                 if stopping or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                     state.add(losses)
                     save()
