@@ -17,6 +17,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from benchmark_autoflow import benchmark_autoflow, benchmark_memory, measure_memory
 from benchmark_speed import benchmark_epoch, benchmark_precision, benchmark_step
 from hardware import PRECISIONS, choose_device, keep_freed_memory
@@ -64,6 +66,7 @@ def main() -> None:
         chain, stacks = arguments.case
         print(json.dumps(asdict(measure_memory(chain, int(stacks), device))))
         return
+    torch.backends.cudnn.benchmark = True  # as train.py
     if arguments.what != "memory":
         keep_freed_memory()
     BENCHMARKS[arguments.what](arguments, device)

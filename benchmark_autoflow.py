@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from autoFlow import CouplingModule, SequentialNet, SequentialNF
 from measuring import (
     MIB,
-    AllocationRecorder,
-    cuda_peak,
     interleaved_times,
     median_ratio,
     peak_resident,
@@ -93,14 +91,9 @@ def measure_memory(chain: str, stacks: int, device: torch.device) -> Memory:
     step()
     resident = peak_resident() - before - sum(p.grad.nbytes for p in model.flow.parameters())
     saved = saved_bytes(model, images)
+    activations = step_memory(step, model.flow, device)
     if device.type == "cuda":
-        activations = cuda_peak(step, device)
         resident = 0
-    else:
-        model.zero_grad(set_to_none=True)
-        with AllocationRecorder() as recorder:
-            step()
-        activations = recorder.peak(without=[p.grad for p in model.flow.parameters()])
     return Memory(activations / MIB, saved / MIB, resident / MIB)
 
 

@@ -21,7 +21,7 @@ from checkpoint import Trained
 from convolution import MEMORY_FORMAT
 from dataset import open_class
 from evaluation import TestSet, evaluation_batch, percent
-from hardware import Clock, choose_precision, network_dtype
+from hardware import Clock, apply_precision, choose_precision
 from loading import ImageStore, normalise
 from measuring import (
     DEFAULT_MODELS,
@@ -86,12 +86,8 @@ class TrainingStep:
         self._images = torch.randn(BATCH, 3, *config.image_size, device=device)
 
     def __call__(self) -> None:
-        model = self._model.compute_networks_in(network_dtype(self._precision))
-        loss = training_loss(model, model.encode(self._images))
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.flow.parameters(), train.MAX_GRADIENT_NORM)
-        self._optimizer.step()
+        model = self._model.compute_networks_in(apply_precision(self._precision))
+        train.optimise(model, self._optimizer, model.encode(self._images))
 
     def memory(self) -> int:
         """Bytes: peak of living tensors in a step, without weights, optimiser and gradients."""
@@ -114,7 +110,7 @@ class Inference:
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        model = self._model.compute_networks_in(network_dtype(self._precision))
+        model = self._model.compute_networks_in(apply_precision(self._precision))
         return anomaly_map(model, model.encode(self._images), self._template)
 
 
@@ -123,7 +119,7 @@ def convolution_floor(
 ) -> Callable[[], None]:
     """The official program's k x k convolutions of one step without memory saving, and nothing else:
     forward, gradients of input and of kernel; same precision and layout, each at its full size."""
-    dtype = network_dtype(precision) or torch.float32
+    dtype = apply_precision(precision) or torch.float32
     prepared = {}
     for shape in set(official_convolutions(config)):
         in_channels, out_channels, size = shape
@@ -137,7 +133,7 @@ def convolution_floor(
         prepared[shape] = x.requires_grad_(), weight.requires_grad_(), y
 
     def floor() -> None:
-        network_dtype(precision)  # sets cuDNN's switch for TF32
+        apply_precision(precision)  # sets cuDNN's switch for TF32
         for shape in official_convolutions(config):
             x, weight, grad = prepared[shape]
             y = F.conv2d(x, weight, padding=config.kernel_size // 2)
@@ -287,7 +283,7 @@ def benchmark_precision(arguments: argparse.Namespace, device: torch.device) -> 
         "|---|---|---|" + "---|" * len(METRIC_NAMES),
     ]
     for precision in precisions_of(device):
-        model.compute_networks_in(network_dtype(precision))
+        model.compute_networks_in(apply_precision(precision))
         loss, gradient = loss_and_gradient(model, pairs, torch.float32)
         maps = test_set.anomaly_maps(model, trained.template)
         values = vars(evaluate_maps(maps, test_set.truth))

@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor
 
 from calibration import Calibration
-from hardware import choose_precision, network_dtype
+from hardware import apply_precision, choose_precision
 from model import PyramidFlow, PyramidFlowConfig, coupling_schedule, load_encoder_weights
 from util import InputError, atomic_path
 
@@ -54,7 +54,7 @@ class Trained:
             model = read_model(config, content["model"])
             template = read_template(config, content["template"])
             metrics, name = dict(content["metrics"]), str(content["class"])
-            calibration = content.get("calibration")
+            calibration, settings = content.get("calibration"), dict(content.get("settings") or {})
             if calibration is not None:
                 calibration = Calibration.from_dict(calibration)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -62,8 +62,9 @@ class Trained:
             raise InputError(
                 f"{path} is damaged ({reason}); use another checkpoint, or train again"
             ) from None
-        precision = choose_precision(precision, device, config.channels)
-        model.to(device).compute_networks_in(network_dtype(precision)).eval()
+        trained_in = settings.get("precision")
+        precision = choose_precision(precision, device, config.channels, trained_in)
+        model.to(device).compute_networks_in(apply_precision(precision)).eval()
         return cls(path, name, model, tuple(x.to(device) for x in template), metrics, calibration)
 
     def content(self, metrics: dict) -> dict:

@@ -213,4 +213,12 @@ def _read_visa_split(datapath: Path) -> list[dict[str, str]]:
         raise InputError(f"cannot read {path} ({error}); unpack VisA again") from None
     if not rows or not columns <= rows[0].keys() or any(row[c] is None for row in rows for c in columns):
         raise InputError(f"{path} has not the columns {', '.join(sorted(columns))}; unpack VisA again")
+    for row in rows:
+        names, paths = (row["object"], row["label"]), (row["image"], row["mask"])
+        if any(set(name) & set("/\\") or name in ("", ".", "..") for name in names) or any(
+            Path(p).is_absolute() or ".." in Path(p).parts for p in paths
+        ):
+            raise InputError(f"{path} names files outside of {datapath}: {row}; unpack VisA again")
+        if row["split"] == "train" and row["label"] != "normal":
+            raise InputError(f"{path} has a defective training image, {row['image']}; unpack VisA again")
     return rows

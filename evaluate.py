@@ -21,11 +21,11 @@ from checkpoint import Trained, save_checkpoint
 from dataset import DATASETS, open_class
 from evaluation import TestSet, features_in_order, result_table
 from hardware import (
+    apply_precision,
     choose_device,
     choose_precision,
     describe_environment,
     keep_freed_memory,
-    network_dtype,
 )
 from loading import CACHES, FeatureSource, ImageStore
 from metrics import evaluate_maps
@@ -50,6 +50,7 @@ def main() -> None:
     arguments = parse_arguments()
     device = choose_device(arguments.gpu)
     keep_freed_memory()
+    check_writable(arguments.out, "--out")
     if arguments.official:
         trained = read_official_weights(arguments, device)
     else:
@@ -61,7 +62,6 @@ def main() -> None:
             "if both are the same kind of thing"
         )
     data = open_class(arguments.datapath, name, arguments.dataset, need_train=False)
-    check_writable(arguments.out, "--out")
     test_set = TestSet.load(data, trained.model, arguments.cache, arguments.numWorkers, device)
     maps = test_set.anomaly_maps(trained.model, trained.template)
     metrics = evaluate_maps(maps, test_set.truth)
@@ -120,7 +120,7 @@ def read_official_weights(arguments: argparse.Namespace, device: torch.device) -
     size = arguments.imageSize
     size = (size[0], size[-1]) if size else None
     model = load_official(arguments.official, arguments.officialChoice, size)
-    dtype = network_dtype(choose_precision(arguments.precision, device, model.config.channels))
+    dtype = apply_precision(choose_precision(arguments.precision, device, model.config.channels))
     model.to(device).compute_networks_in(dtype).eval()
     config = model.config
     data = open_class(arguments.datapath, arguments.cls, arguments.dataset)

@@ -16,7 +16,7 @@ from model import PyramidFlow, PyramidFlowConfig, anomaly_map
 from parallel import World
 from util import InputError, progress
 
-CPU_BATCH_ELEMENTS = 2**22  # of features: what is in work at once should not fall out of the cache
+CPU_BATCH_ELEMENTS = 2**24  # of features: what computes a kernel's spectrum once for several images
 CUDA_BATCH_ELEMENTS = 2**26
 
 

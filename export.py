@@ -132,7 +132,7 @@ class OnnxModel:
         InputError: onnxruntime is missing, or the file is not one that `export_onnx` wrote.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, device: torch.device):
         try:
             import onnxruntime
         except ImportError:
@@ -143,7 +143,7 @@ class OnnxModel:
         options.log_severity_level = 4
         try:
             self._session = onnxruntime.InferenceSession(
-                str(path), options, providers=onnxruntime.get_available_providers()
+                str(path), options, providers=_providers(onnxruntime, device)
             )
             about = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA_KEY])
             self.class_name, self.metrics = str(about["class"]), dict(about["metrics"])
@@ -157,6 +157,12 @@ class OnnxModel:
     def score(self, images: Tensor) -> np.ndarray:
         """Anomaly maps, float32 (B,256,256), of images uint8 (B,h,w,3)."""
         return self._session.run(["anomaly_map"], {"image": images.numpy()})[0]
+
+
+def _providers(onnxruntime, device: torch.device) -> list:
+    on_cuda = device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    chosen = [("CUDAExecutionProvider", {"device_id": device.index})] if on_cuda else []
+    return [*chosen, "CPUExecutionProvider"]
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def choose_device(gpu: str) -> torch.device:
     if gpu == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if count and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if count and torch.distributed.is_torchelastic_launched():
         gpu = os.environ["LOCAL_RANK"]
     if gpu.isdecimal() and int(gpu) < count:
         return torch.device("cuda", int(gpu))
@@ -104,7 +104,9 @@ class Clock:
 # ---------------------------------------------------------------------------------- precision
 
 
-def choose_precision(asked: str, device: torch.device, channels: int) -> str:
+def choose_precision(
+    asked: str, device: torch.device, channels: int, trained_in: str | None = None
+) -> str:
     """`--precision`, with auto settled: "fp32", "tf32" or "bf16".
 
     auto is the fastest that leaves the metrics where fp32 has them (README, "Precision"): bf16 where the
@@ -113,6 +115,7 @@ def choose_precision(asked: str, device: torch.device, channels: int) -> str:
 
     Args:
         channels: of the flow.
+        trained_in: the precision of a trained model, which auto keeps where the device has it.
 
     Raises:
         InputError: the device does not have it.
@@ -123,6 +126,8 @@ def choose_precision(asked: str, device: torch.device, channels: int) -> str:
         raise InputError("--precision tf32 needs an NVIDIA GPU from Ampere on; use fp32, or auto")
     if asked != "auto":
         return asked
+    if trained_in == "fp32" or (trained_in == "tf32" and ampere):
+        return trained_in
     if on_cuda:
         return "bf16" if ampere else "fp32"
     features = _cpu_features()
@@ -130,8 +135,8 @@ def choose_precision(asked: str, device: torch.device, channels: int) -> str:
     return "bf16" if "AMX" in features or few else "fp32"
 
 
-def network_dtype(precision: str) -> torch.dtype | None:
-    """For `PyramidFlow.compute_networks_in`.  fp32 and tf32 differ by cuDNN's switch, which is set."""
+def apply_precision(precision: str) -> torch.dtype | None:
+    """Set cuDNN's switch, by which fp32 and tf32 differ; the dtype for `PyramidFlow.compute_networks_in`."""
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return torch.bfloat16 if precision == "bf16" else None
 
@@ -154,7 +159,8 @@ def keep_freed_memory() -> None:
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be taken: of the GPU, or of the machine and the process's memory limit."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     free = [
         int(line.split()[1]) * 1024
         for line in _read_lines("/proc/meminfo")
@@ -162,5 +168,10 @@ def free_memory(device: torch.device) -> int:
     ]
     limit, used = (_read_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
     if limit and used and limit[0].isdecimal():
-        free.append(int(limit[0]) - int(used[0]))
+        cached = [
+            int(line.split()[1])
+            for line in _read_lines("/sys/fs/cgroup/memory.stat")
+            if line.startswith("inactive_file ")
+        ]
+        free.append(int(limit[0]) - int(used[0]) + sum(cached))
     return max(0, min(free)) if free else 2**32  # a machine that does not say

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -18,11 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from run import RESULT_FILE, STATE_FILE
-from util import InputError
+from util import InputError, lock
 
 ROOT = Path(__file__).parent
 ATTEMPTS = 2
 SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_TO_STOP = 120.0
 SLURM_MINUTES = 24 * 60
 LOCAL_MINUTES = 30 * 24 * 60  # submitit would stop a local job after five
 INSTALL = "pip install submitit"
@@ -62,6 +64,16 @@ class Job:
         """Where the result is, if there is one."""
         return next((path.parent for path in self.folder.glob(f"*/{RESULT_FILE}")), None)
 
+    def wait_until_stopped(self) -> None:
+        """A training that was told to stop finishes its step and saves."""
+        deadline = time.monotonic() + SECONDS_TO_STOP
+        for path in self.folder.glob("*/log.txt"):
+            while time.monotonic() < deadline:
+                with path.open("a") as file:
+                    if lock(file):
+                        break
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+
     def result(self) -> dict | None:
         folder = self.run_folder()
         return None if folder is None else json.loads((folder / RESULT_FILE).read_text())
@@ -72,19 +84,19 @@ class Machines:
     """Where jobs run.
 
     Attributes:
-        gpus: indices of the GPUs to use; empty: the CPU.
-        jobs: how many at once; 0: one on each GPU, or one on the CPU.
+        gpus: the GPUs to use, as in CUDA_VISIBLE_DEVICES; empty: the CPU.
+        jobs: how many at once; 0: one on each GPU, one on the CPU, all on a cluster.
         slurm: sbatch's options, partition=gpu and the like; None: this machine.
     """
 
-    gpus: tuple[int, ...] = ()
+    gpus: tuple[str, ...] = ()
     jobs: int = 0
     slurm: dict[str, str] | None = None
 
-    def places(self, num_jobs: int) -> list[int | None]:
+    def places(self, num_jobs: int) -> list[str | None]:
         """The GPU of each job that runs at the same time; None: no matter which, or the CPU."""
         if self.slurm is not None:
-            return [None] * num_jobs
+            return [None] * (self.jobs or num_jobs)
         if not self.gpus:
             return [None] * max(1, self.jobs)
         return [self.gpus[i % len(self.gpus)] for i in range(self.jobs or len(self.gpus))]
@@ -100,8 +112,8 @@ def run_jobs(
         report: told of every job that "starts", is "done", "failed", or "failed, once more".
 
     Raises:
-        InputError: submitit is missing.
-        KeyboardInterrupt: after the running jobs were stopped.
+        InputError: submitit is missing, or does not know an option.
+        KeyboardInterrupt: after the running jobs have stopped.
     """
     waiting = deque(job for job in jobs if job.result() is None)
     if not waiting:
@@ -132,6 +144,8 @@ def run_jobs(
     finally:
         for _, handle in running.values():
             handle.cancel()
+        for job, _ in running.values():
+            job.wait_until_stopped()
     return failed
 
 
@@ -143,41 +157,65 @@ def _submitter(machines: Machines, folder: Path, threads: int):
         raise InputError(f"running the jobs needs the package {error.name}: {INSTALL}") from None
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the job may not find this file
     on_slurm = machines.slurm is not None
-    executor = submitit.AutoExecutor(folder=folder, cluster="slurm" if on_slurm else "local")
-    parameters = slurm_parameters(machines.slurm) if on_slurm else {"timeout_min": LOCAL_MINUTES}
-    executor.update_parameters(**parameters)
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster="slurm" if on_slurm else "local")
+        parameters = slurm_parameters(machines.slurm) if on_slurm else {"timeout_min": LOCAL_MINUTES}
+        executor.update_parameters(**parameters)
+    except (RuntimeError, NameError, TypeError, ValueError) as error:  # no Slurm here, an unknown option
+        raise InputError(f"--slurm: {str(error).splitlines()[0]}") from None
 
-    def submit(job: Job, gpu: int | None):
+    def submit(job: Job, gpu: str | None):
         job.attempts += 1
         job.folder.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ)
-        if not on_slurm:
-            environment["OMP_NUM_THREADS"] = str(threads)
-            environment["CUDA_VISIBLE_DEVICES"] = "" if gpu is None else str(gpu)
-        return executor.submit(
-            _run_training, job.command(), str(job.log), None if on_slurm else environment
-        )
+        environment["OMP_NUM_THREADS"] = str(threads)
+        environment["CUDA_VISIBLE_DEVICES"] = gpu or ""
+        try:
+            return executor.submit(_Training(job, None if on_slurm else environment))
+        except submitit.core.utils.FailedJobError as error:
+            raise InputError(f"--slurm: {str(error).splitlines()[0]}") from None
 
     return submit
 
 
 def slurm_parameters(options: dict[str, str]) -> dict[str, object]:
     """submitit's names for sbatch's options; `time` in minutes."""
-    options = dict(options)
+    options = {key.replace("-", "_"): value for key, value in options.items()}
     minutes = int(options.pop("time", SLURM_MINUTES))
     return {"timeout_min": minutes, **{f"slurm_{key}": value for key, value in options.items()}}
 
 
-def _run_training(command: list[str], log: str, environment: dict[str, str] | None) -> int:
-    """In the job's own process; what the training prints goes to the log."""
-    import signal
-    import subprocess
+class _Training:
+    """Runs a job in a process of its own; what the training prints goes to the job's log."""
 
-    with open(log, "a") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-        for number in (signal.SIGINT, signal.SIGTERM):  # a job that is cancelled stops its training
-            signal.signal(number, lambda number, frame: process.send_signal(number))
-        return process.wait()
+    def __init__(self, job: Job, environment: dict[str, str] | None):
+        self.job, self.environment = job, environment
+
+    def __call__(self) -> int:
+        with open(self.job.log, "a", encoding="utf-8") as file:
+            # In a session of its own, so that Ctrl-C reaches it once: from here, as a request to stop.
+            process = subprocess.Popen(
+                self.job.command(), stdout=file, stderr=subprocess.STDOUT, env=self.environment,
+                start_new_session=True,
+            )  # fmt: skip
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, _stop)
+            return process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+
+    def checkpoint(self):
+        """Slurm takes the machine away: the job is submitted again, and goes on where it stopped."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def _stop(number, frame) -> None:
+    raise KeyboardInterrupt
 
 
 def shown(command: Sequence[str]) -> str:

@@ -23,7 +23,8 @@ from util import InputError, progress, size_text
 CACHES = ("auto", "ram", "none")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MOST_OF_FREE_MEMORY = 1 / 3  # that a cache takes without being told to
+# Shares of the free memory that caches take without being told to: images, features.
+IMAGE_SHARE, FEATURE_SHARE = 1 / 4, 1 / 8
 
 Batch = tuple[Tensor, Tensor]  # indices (B,) and orientations (B,) of images
 
@@ -38,8 +39,8 @@ class ImageStore:
         paths: of the images.
         size: (h, w).
         cache: "ram" decodes all of them now; "none" each time they are asked for, a few batches ahead;
-            "auto" is "ram" if they take no more than a third of the free memory.
-        device: where batches go; CUDA keeps the whole store if it takes no more than a third there.
+            "auto" is "ram" if they take no more than a quarter of the free memory.
+        device: where batches go; CUDA keeps the whole store if it takes no more than a quarter there.
         num_workers: decoding threads.
         description: of the progress bar.
         world: processes of this machine keep the images once for all.
@@ -52,20 +53,20 @@ class ImageStore:
         self, paths: Sequence[Path], size: tuple[int, int], cache: str, device: torch.device,
         num_workers: int, description: str, world: World | None = None,
     ):  # fmt: skip
-        world = world or World()
+        self.world = world = world or World()
         self.paths, self.size, self.device = list(paths), size, device
         self._pool = ThreadPoolExecutor(max(1, num_workers))
         self.images: Tensor | None = None
         num_bytes = len(paths) * size[0] * size[1] * 3
         if cache == "auto":
-            fits = num_bytes <= MOST_OF_FREE_MEMORY * free_memory(torch.device("cpu"))
+            fits = num_bytes <= IMAGE_SHARE * free_memory(torch.device("cpu"))
             cache = "ram" if fits else "none"
         if world.any(cache == "ram"):  # all do alike
             self.images, fills = world.shared_bytes((len(paths), *size, 3))
             if fills:
                 load_images(self.paths, self.images, num_workers, description)
             world.wait()
-            if device.type == "cuda" and num_bytes <= MOST_OF_FREE_MEMORY * free_memory(device):
+            if device.type == "cuda" and num_bytes <= IMAGE_SHARE * free_memory(device):
                 self.images = self.images.to(device)
 
     def __len__(self) -> int:
@@ -172,12 +173,12 @@ def read_mask(image: TestImage) -> np.ndarray:
         InputError: not readable, or of another size than the image.
     """
     mask = _open(image.mask)
-    with Image.open(image.path) as original:
-        if mask.size != original.size:
-            raise InputError(
-                f"mask {image.mask} is {size_text(mask.size[::-1])}, its image "
-                f"{size_text(original.size[::-1])}; they must agree"
-            )
+    size = _open(image.path, decode=False).size
+    if mask.size != size:
+        raise InputError(
+            f"mask {image.mask} is {size_text(mask.size[::-1])}, its image {size_text(size[::-1])}; "
+            "they must agree"
+        )
     array = np.asarray(mask.convert("L") if mask.mode[0] not in "IF1" else mask, dtype=np.float32)
     binary = array > (_full_scale(array) / 2 if image.mask_is_binary else 0)
     resized = Image.fromarray(binary.astype(np.uint8) * 255).resize(
@@ -187,16 +188,17 @@ def read_mask(image: TestImage) -> np.ndarray:
 
 
 def _full_scale(array: np.ndarray) -> int:
-    """What white is in pixels of unknown scale: 1, 255 or 65535."""
+    """What white is in pixels of unknown scale: 1, 255 or 65535, which single ones may exceed a little."""
     highest = array.max(initial=0)
-    return 1 if highest <= 1 else 255 if highest <= 255 else 65535
+    return 1 if highest < 1.5 else 255 if highest < 300 else 65535
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path, decode: bool = True) -> Image.Image:
     try:
-        image = Image.open(path)
-        image.load()
-        return image
+        with Image.open(path) as image:
+            if decode:
+                image.load()
+            return image
     except Exception as error:  # PIL's decoders raise nearly anything on damaged files
         reason = str(error).replace(str(path), "").strip() or type(error).__name__
         raise InputError(f"cannot read image {path} ({reason}); repair or remove it") from None
@@ -268,7 +270,7 @@ class FeatureSource:
         store: the images.
         encode: normalised images (B,3,h,w) -> features (B,C,H,W).
         constant: `encode` always gives an image the same feature, and takes time worth saving.
-        memory: bytes that kept features may take; None: a third of what is free on the device.
+        memory: bytes that kept features may take; None: an eighth of what is free on the device.
     """
 
     def __init__(
@@ -276,7 +278,7 @@ class FeatureSource:
     ):  # fmt: skip
         self.store, self._encode, self._constant = store, encode, constant
         if memory is None:
-            memory = int(MOST_OF_FREE_MEMORY * free_memory(store.device))
+            memory = int(FEATURE_SHARE * free_memory(store.device) / store.world.size)
         self._memory = memory
         self._kept: dict[tuple[int, int], Tensor] = {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 import sys
 import time
@@ -37,7 +36,7 @@ def report(out: Path, name: str, device: torch.device, body: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write to --out {out} ({error.strerror}); name another") from None
     print(f"written to {path}")
@@ -71,16 +70,17 @@ def median_ratio(a: list[float], b: list[float]) -> float:
 
 def step_memory(step: Callable[[], None], networks: nn.Module, device: torch.device) -> int:
     """Bytes: peak of living tensors in a step, without weights and their gradients."""
-    if device.type == "cuda":
-        return cuda_peak(step, device)
     networks.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        peak = cuda_peak(step, device)
+        return peak - sum(p.grad.nbytes for p in networks.parameters() if p.grad is not None)
     with AllocationRecorder() as recorder:
         step()
     return recorder.peak(without=[p.grad for p in networks.parameters()])
 
 
 def cuda_peak(step: Callable[[], None], device: torch.device) -> int:
-    """Peak above what lived before, which the last step's gradients belong to."""
+    """Bytes: peak above what lived before."""
     torch.cuda.reset_peak_memory_stats(device)
     start = torch.cuda.memory_allocated(device)
     step()
@@ -88,7 +88,11 @@ def cuda_peak(step: Callable[[], None], device: torch.device) -> int:
 
 
 def peak_resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes of the process's memory at its largest."""
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class AllocationRecorder(TorchDispatchMode):

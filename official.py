@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import PyramidFlow, PyramidFlowConfig, coupling_schedule
+from model import RESNET_STRIDE, PyramidFlow, PyramidFlowConfig, coupling_schedule
 from util import InputError, size_text
 
 MOST_LEVELS = 8
 NPY_MAGIC = b"\x93NUMPY"
-RESNET_STRIDE = 4
 PARTS = {
     "affineParams.conv.0.weight": "affine.conv1.weight",
     "affineParams.conv.2.weight": "affine.conv2.weight",
@@ -214,7 +213,7 @@ class _Dtype:
             raise _RefusedError("numbers in another byte order")
 
 
-def _storage(data: bytes) -> torch.UntypedStorage:
+def _storage(data: bytes) -> torch.TypedStorage:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 

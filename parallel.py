@@ -11,6 +11,7 @@ import tempfile
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 SHARED_MEMORY = Path("/dev/shm")
+PATIENCE = timedelta(days=1)  # the others wait while one reads the data, or draws the pictures
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,13 @@ class World:
     @classmethod
     def join(cls, device: torch.device) -> World:
         """Meet the other processes that torchrun started; each has its own GPU, or all use the CPU."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
+        if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
             return cls()
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
+        return cls(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
 
     def leave(self) -> None:
         if self.size > 1:
@@ -71,6 +73,14 @@ class World:
                 if x.is_floating_point():
                     dist.all_reduce(x)
                     x /= self.size
+
+    def average_numbers(self, numbers: list[float]) -> list[float]:
+        """The means over the processes of as many numbers in each."""
+        if self.size == 1:
+            return numbers
+        lists = [None] * self.size
+        dist.all_gather_object(lists, numbers)
+        return [sum(column) / self.size for column in zip(*lists, strict=True)]
 
     def total(self, tensors: Sequence[Tensor], count: int) -> tuple[list[Tensor], int]:
         """Sums over the processes."""
@@ -103,15 +113,18 @@ class World:
     def shared_bytes(self, size: tuple[int, ...]) -> tuple[Tensor, bool]:
         """An uninitialised uint8 tensor that all processes of this machine see, and whether this one fills it.
 
-        The others see it filled after `wait`.
+        The others see it filled after `wait`.  Where no folder has room for it, each has its own and fills it.
         """
         if self.size == 1:
             return torch.empty(size, dtype=torch.uint8), True
         names = [uuid.uuid4().hex]
         dist.broadcast_object_list(names, src=0)
         count = torch.Size(size).numel()
-        fits = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 1.1 * count
-        folder = Path(tempfile.gettempdir()) if self.any(not fits) else SHARED_MEMORY
+        for folder in (SHARED_MEMORY, Path(tempfile.gettempdir())):
+            if not self.any(not folder.is_dir() or shutil.disk_usage(folder).free < 1.1 * count):
+                break
+        else:
+            return torch.empty(size, dtype=torch.uint8), True
         path, fills = folder / f"pyramidflow-{names[0]}", self.local_rank == 0
         if fills:
             with path.open("wb") as file:

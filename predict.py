@@ -112,7 +112,11 @@ class TorchScorer:
 
 def load_scorer(arguments: argparse.Namespace, device: torch.device) -> TorchScorer | OnnxModel:
     if arguments.model.suffix.lower() == ".onnx":
-        return OnnxModel(arguments.model)
+        if arguments.precision != "auto":
+            raise InputError(
+                "--precision: an .onnx file has the precision it was exported in; leave it out"
+            )
+        return OnnxModel(arguments.model, device)
     return TorchScorer(Trained.load(arguments.model, device, arguments.precision), device)
 
 
@@ -168,7 +172,7 @@ def find_images(given: list[Path]) -> list[Item]:
         if path.is_dir():
             folders = [path, *(p for p in sorted(path.rglob("*")) if p.is_dir())]
             found = [
-                image for folder in folders if _visible(folder, path) for image in list_images(folder)
+                image for folder in folders if _is_visible(folder, path) for image in list_images(folder)
             ]
             if not found:
                 raise InputError(f"no images in {path}; it may hold {', '.join(sorted(IMAGE_SUFFIXES))}")
@@ -191,7 +195,7 @@ def find_images(given: list[Path]) -> list[Item]:
     return items
 
 
-def _visible(folder: Path, root: Path) -> bool:
+def _is_visible(folder: Path, root: Path) -> bool:
     return not any(part.startswith(".") for part in folder.relative_to(root).parts)
 
 
@@ -216,7 +220,9 @@ def predict(
     """Score and write everything, a few images at a time; the errors of those that cannot be read."""
     unreadable, defective, start = [], 0, time.perf_counter()
     writer = Writer(arguments.out, thresholds, scorer)
-    with (arguments.out / "scores.csv").open("w", newline="") as file:
+    with (arguments.out / "scores.csv").open(
+        "w", newline="", encoding="utf-8", errors="backslashreplace"
+    ) as file:
         table = csv.writer(file)
         table.writerow(["path", "score", "decision", "threshold"])
         for batch in scored(scorer, items, arguments, unreadable):

@@ -18,6 +18,7 @@ import argparse
 import csv
 import hashlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -29,10 +30,21 @@ import torch
 
 import pictures
 from dataset import MVTEC_TEXTURES, list_classes, recognise
+from evaluation import percent
 from jobs import Job, Machines, run_jobs, shown
 from metrics import METRIC_NAMES
 from settings import augmentation, model_config, parse_settings
-from util import InputError, Parser, atomic_path, check_writable, run_script, whole_number, write_csv
+from util import (
+    InputError,
+    Interrupted,
+    Parser,
+    atomic_path,
+    check_writable,
+    lock,
+    run_script,
+    whole_number,
+    write_csv,
+)
 
 ROOT = Path(__file__).parent
 PAPER_TABLES = ROOT / "paper_tables"
@@ -45,7 +57,12 @@ TABLE3_CLASSES = (
 TABLE5_CLASSES = ("grid", "metal_nut", "screw")
 MVTEC_CLASSES = (*TABLE3_CLASSES, *TABLE5_CLASSES)
 # By which epoch a row of results.csv is: the last, or the best on the test set.
-CHOICES = {"last": "last", "best": "best pixel AUROC*", "best_pixel_pro": "best PRO*"}
+CHOICES = {
+    "last": "last",
+    "best_pixel_auroc": "best pixel AUROC",
+    "best_pixel_pro": "best PRO",
+    "best_image_auroc": "best image AUROC",
+}
 
 
 @dataclass(frozen=True)
@@ -137,7 +154,10 @@ def main() -> None:
         print(shown(command), flush=True)
         sys.exit(0 if arguments.dryRun else subprocess.run(command, check=False).returncode)
     table = tables()[arguments.table]
+    arguments.datapath = (arguments.datapath or Path(table.datapath)).absolute()
+    arguments.out = arguments.out.absolute()
     table = choose(table, arguments)
+    visible_gpus(arguments.more)
     plan = plan_jobs(table, arguments)
     if arguments.dryRun:
         for entry in plan:
@@ -151,7 +171,7 @@ def main() -> None:
     write_csv(folder / "results.csv", rows)
     text = markdown(table, plan, failed)
     with atomic_path(folder / "table.md") as temporary:
-        temporary.write_text(text + "\n")
+        temporary.write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\nwritten to {folder}")
     if arguments.table == "fig7" or arguments.fig7:
         save_fig7(folder / "fig7.png", plan)
@@ -228,13 +248,12 @@ class Entry:
 
 
 def choose(table: Table, arguments: argparse.Namespace) -> Table:
-    """The part of the table that was asked for.
+    """The part of the table that was asked for; classes that the paper lacks are compared with nothing.
 
     Raises:
-        InputError: it holds no such class, or the data set lacks one.
+        InputError: the data set lacks a class, or the table has no part with the encoder.
     """
-    datapath = (arguments.datapath or Path(table.datapath)).absolute()
-    arguments.datapath, arguments.out = datapath, arguments.out.absolute()
+    datapath = arguments.datapath
     present = list_classes(datapath, recognise(datapath))
     classes = tuple(arguments.classes or table.classes)
     if missing := [name for name in classes if name not in present]:
@@ -305,17 +324,38 @@ def train(plan: list[Entry], arguments: argparse.Namespace) -> list[Job]:
         values = ""
         if result:
             values = ": " + ", ".join(
-                f"{METRIC_NAMES[m]} {_percent(result['last'][m])}" for m in METRIC_NAMES
+                f"{METRIC_NAMES[m]} {percent(result['last'][m])}" for m in METRIC_NAMES
             )
         where = f" (see {job.log})" if "failed" in what else ""
         print(f"[{done}/{len(jobs)}] {job.name} {what}{values}{where}", flush=True)
 
-    gpus = () if "cpu" in arguments.more else tuple(range(torch.cuda.device_count()))
-    machines = Machines(gpus, arguments.jobs, arguments.slurm)
+    machines = Machines(visible_gpus(arguments.more), arguments.jobs, arguments.slurm)
     try:
-        return run_jobs(jobs, machines, arguments.out / "submitit", report)
+        with (arguments.out / "lock").open("a") as file:
+            if not lock(file):
+                raise InputError(
+                    f"another reproduce.py works in {arguments.out}; wait for it, or name another --out"
+                )
+            return run_jobs(jobs, machines, arguments.out / "submitit", report)
     except KeyboardInterrupt:
-        raise InputError("stopped; the same command again goes on with what is missing") from None
+        raise Interrupted("stopped; the same command again goes on with what is missing") from None
+
+
+def visible_gpus(flags: list[str]) -> tuple[str, ...]:
+    """The GPUs for the jobs, as in CUDA_VISIBLE_DEVICES; none with `--gpu cpu`.
+
+    Raises:
+        InputError: the flags choose a GPU, which would be the same for all jobs.
+    """
+    _, given = parse_settings("", flags)
+    if given.get("gpu") == "cpu":
+        return ()
+    if "gpu" in given:
+        raise InputError(
+            "--gpu: the jobs take all GPUs; choose some by CUDA_VISIBLE_DEVICES, or --gpu cpu"
+        )
+    count, names = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return tuple(names.split(",")[:count] if names else map(str, range(count)))
 
 
 # ------------------------------------------------------------------------------------- results
@@ -331,7 +371,7 @@ def result_rows(entry: Entry) -> list[dict]:
     return [
         {
             **common,
-            "choice": label.rstrip("*"),
+            "choice": label,
             **{key: result[choice][key] for key in ("epoch", *METRIC_NAMES)},
             "folder": str(folder),
         }
@@ -381,9 +421,7 @@ def variant_table(table: Table, variant: Variant, entries: list[Entry]) -> list[
         results.setdefault(entry.cls, {})[entry.seed] = entry.job.result()
     for name, group in [(name, (name,)) for name in table.classes] + groups(table):
         last = _means(results, group, table, lambda metric: "last")
-        best = _means(
-            results, group, table, lambda metric: "best_pixel_pro" if metric == "pixel_pro" else "best"
-        )
+        best = _means(results, group, table, lambda metric: f"best_{metric}")
         theirs = [
             statistics.mean(paper[c][column] for c in group) if all(c in paper for c in group) else None
             for column in table.columns.values()
@@ -392,7 +430,8 @@ def variant_table(table: Table, variant: Variant, entries: list[Entry]) -> list[
             f"{statistics.mean(ours) - their:+.1f}" if ours and their is not None else "n/a"
             for ours, their in zip(last, theirs, strict=True)
         ]
-        cells = [*map(_spread, last), *map(_spread, best)]
+        failed = not all(any(results[c].values()) for c in group)
+        cells = [_spread(values, "failed" if failed else "n/a") for values in (*last, *best)]
         cells += ["n/a" if x is None else f"{x:.1f}" for x in theirs]
         lines.append("| " + " | ".join([name, *cells, *differences]) + " |")
     return lines
@@ -433,15 +472,11 @@ def _means(
     return columns
 
 
-def _spread(values: list[float]) -> str:
+def _spread(values: list[float], otherwise: str) -> str:
     if not values:
-        return "failed"
+        return otherwise
     mean = f"{statistics.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
-
-
-def _percent(value: float | None) -> str:
-    return "n/a" if value is None else f"{100 * value:.2f}"
 
 
 def save_fig7(path: Path, plan: list[Entry]) -> None:

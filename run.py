@@ -15,7 +15,7 @@ from torch import Tensor
 import pictures
 from calibration import Calibration
 from checkpoint import load_checkpoint, save_checkpoint
-from evaluation import DivergedError, TestSet, percent, result_table
+from evaluation import TestSet, percent, result_table
 from hardware import Clock
 from metrics import METRIC_NAMES, Metrics
 from model import PyramidFlow
@@ -46,17 +46,15 @@ class State:
     def mean_loss(self) -> float:
         return sum(self.losses) / len(self.losses)
 
-    def add(self, losses: list[Tensor]) -> None:
-        """Move the losses of further steps here; this waits for them.
-
-        Raises:
-            DivergedError: one is not finite.
-        """
+    def add(self, losses: list[Tensor]) -> str | None:
+        """Move the losses of further steps here, which waits for them; what is wrong with one of them."""
+        problem = None
         for loss in torch.stack(losses).tolist() if losses else ():
             self.losses.append(loss)
-            if not math.isfinite(loss):
-                raise DivergedError(f"the loss became {loss} at step {len(self.losses)} of the epoch")
+            if not math.isfinite(loss) and problem is None:
+                problem = f"the loss became {loss} at step {len(self.losses)} of the epoch"
         losses.clear()
+        return problem
 
     def add_row(self, metrics: Metrics, clock: Clock) -> None:
         """The metrics of this epoch."""
@@ -99,11 +97,18 @@ class Run:
     @classmethod
     def resume(cls, settings: Settings, about: dict, environment: list[str], state: State) -> Run:
         folder = Path(settings.resume)
+        log = start_log(folder / "log.txt", environment)
         for unfinished in folder.glob(".*.tmp"):  # of a write that was killed
             unfinished.unlink()
-        log = start_log(folder / "log.txt", environment)
         log.info(f"going on with {folder} in epoch {state.epoch}, {len(state.losses)} steps done")
         return cls(folder, settings, log, state)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_) -> None:
+        for handler in self.log.handlers:
+            handler.close()
 
     @property
     def how_to_resume(self) -> str:
@@ -168,25 +173,26 @@ class Run:
                 name = str(path.relative_to(folder).with_suffix(""))
                 self._board.add_image(name, pictures.read(path), rows[-1]["epoch"], dataformats="HWC")
             self._board.close()
-        chosen = {metric: self._best(metric) for metric in self._selection()}
         best = {
-            ("best" if i == 0 else f"best_{metric}"): summary(row)
-            | {"chosen_on": f"test set, by {metric}"}
-            for i, (metric, row) in enumerate(chosen.items())
+            f"best_{metric}": summary(self._best(metric)) | {"chosen_on": f"test set, by {metric}"}
+            for metric in ("pixel_auroc", "pixel_pro", "image_auroc")
+            if rows[-1][metric] is not None
         }
-        result = {"class": self.settings.cls, "last": summary(rows[-1]), "best": None, **best}
-        write_json(self.folder / RESULT_FILE, {**result, "seed": self.settings.seed})
-        labelled = [("last", rows[-1])] + [
-            (f"best {METRIC_NAMES[m]}*", row) for m, row in chosen.items()
-        ]
+        chosen = [best[f"best_{metric}"] for metric in self._selection()]
+        result = {"class": self.settings.cls, "last": summary(rows[-1]), "best": (chosen or [None])[0]}
+        write_json(self.folder / RESULT_FILE, {**result, **best, "seed": self.settings.seed})
+        labels = ["last", *(f"best {METRIC_NAMES[metric]}*" for metric in self._selection())]
         table = result_table(
-            [(self.settings.cls, f"{row['epoch']} ({label})", row) for label, row in labelled]
+            [
+                (self.settings.cls, f"{row['epoch']} ({label})", row)
+                for label, row in zip(labels, [rows[-1], *chosen], strict=True)
+            ]
         )
         self.log.info(f"\n{table}\n\n{TABLE_NOTE}")
         self.log.info(f"\nwritten to {self.folder}")
 
     def _selection(self) -> list[str]:
-        """Metrics by which a best epoch is chosen: those that are defined."""
+        """Metrics by which a best checkpoint is kept: those that are defined."""
         last = self.state.rows[-1]
         defined = [m for m in ("pixel_auroc", "pixel_pro") if last[m] is not None]
         return defined or [m for m in ("image_auroc",) if last[m] is not None]

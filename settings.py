@@ -217,7 +217,9 @@ def resumed(stored: dict, given: dict[str, object], folder: str) -> Settings:
         InputError: a given flag contradicts the run's; it is named.
     """
     for name, value in given.items():
-        same = value in (stored[name], "auto") or (name == "imageSize" and value == ["auto"])
+        same = value == stored[name] or (name == "precision" and value == "auto")
+        if name == "imageSize":  # one number means a square
+            same = (value[0], value[-1]) == (stored[name][0], stored[name][-1])
         if name not in FREE_ON_RESUME and not same:
             raise InputError(
                 f"--{name} {value} contradicts the run in {folder}, which has {stored[name]}; leave the "

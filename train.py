@@ -28,11 +28,11 @@ from dataset import AnomalyClass, list_classes, open_class, recognise
 from evaluation import DivergedError, TestSet, features_in_order, mean_row, result_table
 from hardware import (
     Clock,
+    apply_precision,
     choose_device,
     choose_precision,
     describe_environment,
     keep_freed_memory,
-    network_dtype,
 )
 from loading import FeatureSource, ImageStore, training_plan
 from metrics import Metrics, evaluate_maps
@@ -42,6 +42,7 @@ from run import LAST_FILE, Run, State, check_tensorboard, load_state
 from settings import Settings, augmentation, flags_without_effect, model_config, parse_settings, resumed
 from util import (
     InputError,
+    Interrupted,
     StopRequest,
     check_writable,
     progress,
@@ -55,12 +56,6 @@ ADAM = {"lr": 2e-4, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 1e-5}
 MAX_GRADIENT_NORM = 1.0
 STEPS_BETWEEN_CHECKS = 50  # of the loss on CUDA, where looking at it makes the host wait
 SECONDS_BETWEEN_SAVES = 600.0  # of an unfinished epoch
-
-
-class Interrupted(InputError):
-    """The user stopped the run."""
-
-    exit_code = 130
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -85,14 +80,18 @@ def train_all_classes(settings: Settings, device: torch.device, world: World) ->
     if not classes:
         raise InputError(f"no classes in --datapath {datapath}; name a data set's folder")
     rows, failed = [], []
-    for name in classes:
-        try:
-            row = train_one_class(replace(settings, cls=name), device, world)
-            rows.append((name, f"{row['epoch']} (last)", row))
-        except DivergedError as error:
-            failed.append(f"{name}: {error}")
-    if world.is_main:
-        print("\n" + result_table([*rows, *mean_row(rows)]))
+    for name in classes:  # before the first one is trained
+        check_class(replace(settings, cls=name), world)
+    try:
+        for name in classes:
+            try:
+                row = train_one_class(replace(settings, cls=name), device, world)
+                rows.append((name, f"{row['epoch']} (last)", row))
+            except DivergedError as error:
+                failed.append(f"{name}: {error}")
+    finally:
+        if world.is_main and rows:
+            print("\n" + result_table([*rows, *mean_row(rows)]))
     if failed:
         raise DivergedError("; ".join(failed))
 
@@ -114,7 +113,7 @@ def train_one_class(
         run = start(training.settings, training.about(), environment, state)
         for line in training.remarks():
             run.log.info(line)
-    with StopRequest() as stop:
+    with StopRequest() as stop, run or contextlib.nullcontext():
         try:
             fit(training, run, state, stop)
         except KeyboardInterrupt:
@@ -193,9 +192,9 @@ class Training:
         config = model_config(settings)
         precision = choose_precision(settings.precision, device, config.channels)
         settings = replace(settings, precision=precision)
-        data = open_class(Path(settings.datapath), settings.cls, settings.dataset)
-        check_batch_size(settings, len(data.train), world.size)
-        check_writable(Path(settings.saveDir))
+        data = check_class(settings, world)
+        if settings.resume is None:
+            check_writable(Path(settings.saveDir))
         if settings.tensorboard:
             check_tensorboard()
         keep_freed_memory()
@@ -205,10 +204,10 @@ class Training:
         model = PyramidFlow(config)
         if stored is None:
             fill_encoder(model, settings.encoderWeights)
-        model.to(device).compute_networks_in(network_dtype(settings.precision))
+        model.to(device).compute_networks_in(apply_precision(settings.precision))
         optimizer = make_optimizer(model)
         if stored is not None:
-            restore_state(model, optimizer, stored, len(data.train))
+            restore_state(model, optimizer, stored, len(data.train), world.size)
         store = ImageStore(
             data.train, config.image_size, settings.cache, device, settings.numWorkers,
             "training images", world,
@@ -235,37 +234,44 @@ class Training:
             len(self.data.train), self.settings.batchSize, augmentation(self.settings, self.model.config)
         )
         plan = self.world.share(plan, equal=True)
-        done = len(state.losses)
-        losses: list[Tensor] = []
+        done, losses = len(state.losses), []
         saved = time.monotonic()
         self.model.train()
         batches = progress(self.train_set.batches(plan[done:]), f"epoch {state.epoch}", len(plan), done)
         with stop.deferred() if stop else contextlib.nullcontext():
-            for features in batches:
+            for number, features in enumerate(batches, done + 1):
                 losses.append(self.step(features))
-                check = self.device.type == "cpu" or len(losses) == STEPS_BETWEEN_CHECKS
-                if check:
-                    state.add(losses)
-                stopping = check and stop is not None and self.world.any(stop.asked)
-                if stopping:
+                asked = stop is not None and stop.asked
+                if not (self._looks_up(number, asked) or number == len(plan)):
+                    continue
+                self.check_finite(state.add(losses))
+                stopping = self.world.any(asked)
+                if stopping or self.world.any(time.monotonic() - saved > SECONDS_BETWEEN_SAVES):
                     self.world.average(self.model.buffers())
-                if stopping or time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-                    state.add(losses)
                     save()
                     saved = time.monotonic()
                 if stopping:
                     raise KeyboardInterrupt
-            state.add(losses)
         self.world.average(self.model.buffers())  # in training nothing reads the running statistics
+        state.losses = self.world.average_numbers(state.losses)
+
+    def _looks_up(self, number: int, stop_asked: bool) -> bool:
+        """Whether losses and stop requests are looked at after this step.
+
+        Several processes look up at the same steps.  On CUDA it is seldom, because the host waits for it.
+        """
+        if self.world.size == 1 and (self.device.type == "cpu" or stop_asked):
+            return True
+        return number % STEPS_BETWEEN_CHECKS == 0
+
+    def check_finite(self, problem: str | None) -> None:
+        """Raises DivergedError in all processes if one of them has a problem."""
+        if self.world.any(problem is not None):
+            raise DivergedError(problem or "the loss is no longer finite in another process")
 
     def step(self, features: Tensor) -> Tensor:
-        """One step of the optimiser; the loss, still on the device: nothing here waits for it."""
-        loss = training_loss(self.model, features, self.settings.loss, self.flow)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.flow.parameters(), MAX_GRADIENT_NORM)
-        self.optimizer.step()
-        return loss.detach()
+        """One step on a batch; the loss, still on the device."""
+        return optimise(self.model, self.optimizer, features, self.settings.loss, self.flow)
 
     def evaluate(self, clock: Clock) -> tuple[tuple[Tensor, ...], Metrics]:
         """The template of the training images, and the metrics of the test images against it.
@@ -327,6 +333,7 @@ class Training:
         return {
             "settings": asdict(self.settings),
             "training_images": len(self.data.train),
+            "processes": self.world.size,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -349,18 +356,30 @@ class Training:
         return lines
 
 
+def check_class(settings: Settings, world: World) -> AnomalyClass:
+    """The class, if its files and the flags fit together.
+
+    Raises:
+        InputError: they do not.
+    """
+    model_config(settings)
+    data = open_class(Path(settings.datapath), settings.cls, settings.dataset)
+    check_batch_size(settings, len(data.train), world.size)
+    return data
+
+
 def check_batch_size(settings: Settings, num_images: int, num_processes: int) -> None:
-    if num_images < settings.batchSize * num_processes and num_processes > 1:
-        raise InputError(
-            f"{num_processes} processes with --batchSize {settings.batchSize} need more than the {num_images} "
-            "training images; start fewer"
-        )
-    if settings.batchSize < 2:
+    if settings.batchSize < 2 and settings.loss != "likelihood":
         raise InputError("--batchSize 1: the loss compares pairs of images; use at least 2")
     if settings.batchSize > num_images:
         raise InputError(
             f"--batchSize {settings.batchSize} is more than the {num_images} training images; "
             + (f"use 2 to {num_images}" if num_images > 1 else "add good images, at least 2 are needed")
+        )
+    if settings.batchSize * num_processes > num_images:
+        raise InputError(
+            f"{num_processes} processes with --batchSize {settings.batchSize} need at least as many images, "
+            f"there are {num_images}; start fewer"
         )
 
 
@@ -369,8 +388,32 @@ def make_optimizer(model: PyramidFlow) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, **ADAM, fused=True)
 
 
+def optimise(
+    model: PyramidFlow,
+    optimizer: torch.optim.Optimizer,
+    features: Tensor,
+    loss: str = "fourier",
+    flow: nn.Module | None = None,
+) -> Tensor:
+    """One step of the optimiser; the loss, still on the device: nothing here waits for it.
+
+    Args:
+        features, loss, flow: as in `model.training_loss`.
+    """
+    value = training_loss(model, features, loss, flow)
+    optimizer.zero_grad(set_to_none=True)
+    value.backward()
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], MAX_GRADIENT_NORM)
+    optimizer.step()
+    return value.detach()
+
+
 def restore_state(
-    model: PyramidFlow, optimizer: torch.optim.Optimizer, stored: dict, num_images: int
+    model: PyramidFlow,
+    optimizer: torch.optim.Optimizer,
+    stored: dict,
+    num_images: int,
+    num_processes: int,
 ) -> None:
     """Take weights and optimiser as `Training.state_dict` gave them.
 
@@ -381,6 +424,11 @@ def restore_state(
         raise InputError(
             f"--resume: the run has {stored.get('training_images')} training images, --datapath {num_images}; "
             "give the data it was started with"
+        )
+    if stored.get("processes") != num_processes:
+        raise InputError(
+            f"--resume: the run had {stored.get('processes')} processes, now there are {num_processes}; start "
+            "as many"
         )
     try:
         model.load_state_dict(stored["model"])

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -27,6 +28,12 @@ class InputError(Exception):
     """Something the user gave cannot be used; the message is one line and names the remedy."""
 
     exit_code = 2
+
+
+class Interrupted(InputError):
+    """The user stopped the work; the message says how to go on."""
+
+    exit_code = 130
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -49,8 +56,9 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
+    texts = ("DefaultCPUAllocator", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
     kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, kinds) or any(text in str(error) for text in texts)
 
 
 def _fail(line: str, code: int) -> int:
@@ -202,11 +210,20 @@ def check_writable(save_dir: Path, flag: str = "--saveDir") -> None:
 
 
 def start_log(path: Path, environment: list[str]) -> logging.Logger:
-    """A logger to stdout and to a file, whose part of this process starts with versions and hardware."""
+    """A logger to stdout and to a file, which no other process may log to at the same time.
+
+    What this process writes to the file starts with versions and hardware.
+
+    Raises:
+        InputError: another process logs to the file.
+    """
     logger = logging.getLogger(f"pyramidflow.{path.parent.name}")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    file, console = logging.FileHandler(path), logging.StreamHandler(sys.stdout)
+    file = logging.FileHandler(path, encoding="utf-8")
+    console = logging.StreamHandler(sys.stdout)
+    if not lock(file.stream):
+        raise InputError(f"another process is writing to {path.parent}; wait for it, or stop it")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger.handlers = [file]
     for line in environment:
@@ -215,13 +232,29 @@ def start_log(path: Path, environment: list[str]) -> logging.Logger:
     return logger
 
 
+def lock(file: IO) -> bool:
+    """Keep other processes from locking the same open file until it is closed; False if one has.
+
+    Where the system has no such locks, everybody gets one.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:  # Windows flushes only what it may write
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
@@ -230,12 +263,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: object) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Rows of equal keys; None becomes an empty cell."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

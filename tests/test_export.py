@@ -45,7 +45,7 @@ def trained_model(encoder, volume_norm, num_level):
 def test_onnxruntime_gives_the_same_maps_for_any_batch(tmp_path, encoder, volume_norm, num_level):
     trained = trained_model(encoder, volume_norm, num_level)
     export_onnx(trained, tmp_path / "a.onnx")
-    exported = OnnxModel(tmp_path / "a.onnx")
+    exported = OnnxModel(tmp_path / "a.onnx", torch.device("cpu"))
     assert exported.image_size == trained.model.config.image_size
     for batch in (1, 3):
         images = torch.randint(0, 256, (batch, *exported.image_size, 3), dtype=torch.uint8)
@@ -76,9 +76,10 @@ def test_export_and_predict_from_the_command_line(trained, tmp_path, run_main):
     assert code == 0, err
     assert "MiB" in out
     tables = []
-    for i, model in enumerate((tmp_path / "a.onnx", trained.checkpoint)):
-        flags = ["--out", tmp_path / f"out{i}", "--gpu", "cpu", "--precision", "fp32"]
-        code, _, err = run_main(predict.main, [model, trained.data / "widget" / "test", *flags])
+    given = ([tmp_path / "a.onnx"], [trained.checkpoint, "--precision", "fp32"])
+    for i, model in enumerate(given):
+        flags = [trained.data / "widget" / "test", "--out", tmp_path / f"out{i}", "--gpu", "cpu"]
+        code, _, err = run_main(predict.main, [*model, *flags])
         assert code == 0, err
         tables.append(list(csv.DictReader((tmp_path / f"out{i}" / "scores.csv").open())))
     for a, b in zip(*tables, strict=True):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hardware
-from hardware import Clock, choose_device, choose_precision, free_memory, network_dtype
+from hardware import Clock, apply_precision, choose_device, choose_precision, free_memory
 from util import InputError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -49,7 +49,7 @@ def test_fp32_and_tf32_differ_by_cudnns_switch():
             ("fp32", None, False),
             ("bf16", torch.bfloat16, False),
         ):
-            assert network_dtype(precision) == dtype
+            assert apply_precision(precision) == dtype
             assert torch.backends.cudnn.allow_tf32 == switch
     finally:
         torch.backends.cudnn.allow_tf32 = True
@@ -58,7 +58,7 @@ def test_fp32_and_tf32_differ_by_cudnns_switch():
 def test_torchrun_gives_each_process_its_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert choose_device("1") == torch.device("cuda", 1)
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert choose_device("0") == torch.device("cuda", 3)
     assert choose_device("cpu") == CPU

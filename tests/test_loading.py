@@ -97,7 +97,7 @@ def test_a_store_gives_the_same_images_from_memory_and_from_files(paths, cache):
 
 def test_auto_keeps_images_only_where_memory_is_free(paths, monkeypatch):
     needed = 6 * 32 * 32 * 3
-    for free, kept in ((3 * needed, True), (3 * needed - 1, False)):
+    for free, kept in ((4 * needed, True), (4 * needed - 1, False)):
         monkeypatch.setattr(loading, "free_memory", lambda device, free=free: free)
         assert (ImageStore(paths, (32, 32), "auto", CPU, 1, "x").images is not None) == kept
 

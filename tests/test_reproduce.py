@@ -16,6 +16,7 @@ import jobs
 import reproduce
 from jobs import Job, Machines, run_jobs, slurm_parameters
 from metrics import METRIC_NAMES
+from util import lock
 
 TINY = ["--imageSize", 32, "--numLayer", 2, "--numStack", 1, "--numChannel", 4, "--kernelSize", 3,
         "--gpu", "cpu", "--precision", "fp32"]  # fmt: skip
@@ -42,7 +43,8 @@ def fill(folder, pixel, pro, best=None):
     run.mkdir(parents=True)
     row = {**dict.fromkeys(METRIC_NAMES, 0.5), "epoch": 3, "pixel_auroc": pixel, "pixel_pro": pro}
     better = {**row, "epoch": 2, "pixel_auroc": best or pixel, "pixel_pro": best or pro}
-    (run / "result.json").write_text(json.dumps({"last": row, "best": better, "best_pixel_pro": better}))
+    names = ("best_pixel_auroc", "best_pixel_pro", "best_image_auroc")
+    (run / "result.json").write_text(json.dumps({"last": row, **dict.fromkeys(names, better)}))
 
 
 def commands(run_main, given):
@@ -66,7 +68,9 @@ def test_real_jobs_fill_a_table_and_are_not_run_again(tmp_path, run_main):
     assert "### SVN" in text
     rows = list(csv.DictReader((tmp_path / "out" / "table1" / "results.csv").open()))
     assert [(r["variant"], r["choice"]) for r in rows] == [
-        (norm, choice) for norm in ("CVN", "SVN") for choice in ("last", "best pixel AUROC", "best PRO")
+        (norm, choice)
+        for norm in ("CVN", "SVN")
+        for choice in ("last", "best pixel AUROC", "best PRO", "best image AUROC")
     ]
     ours = 100 * float(rows[0]["pixel_auroc"])
     assert f"| capsule | {ours:.1f} |" in text
@@ -207,9 +211,10 @@ def test_every_number_of_the_papers_tables_is_found():
 def test_machines():
     assert Machines().places(9) == [None]
     assert Machines(jobs=3).places(9) == [None] * 3
-    assert Machines(gpus=(0, 1)).places(9) == [0, 1]
-    assert Machines(gpus=(0, 1), jobs=4).places(9) == [0, 1, 0, 1]
-    assert Machines(gpus=(0,), slurm={}).places(9) == [None] * 9
+    assert Machines(gpus=("2", "3")).places(9) == ["2", "3"]
+    assert Machines(gpus=("0", "1"), jobs=4).places(9) == ["0", "1", "0", "1"]
+    assert Machines(gpus=("0",), slurm={}).places(9) == [None] * 9
+    assert Machines(jobs=4, slurm={}).places(9) == [None] * 4
     assert slurm_parameters({"partition": "gpu", "time": "60"}) == {
         "timeout_min": 60,
         "slurm_partition": "gpu",
@@ -221,11 +226,15 @@ def test_ctrl_c_stops_the_running_jobs(tmp_path, monkeypatch):
     script = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     monkeypatch.setattr(Job, "command", lambda job: [sys.executable, "-c", script])
 
-    def interrupt(seconds):
-        if job.log.is_file() and job.log.read_text().endswith("\n"):
-            raise KeyboardInterrupt
+    interrupted = []
 
-    monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=interrupt))
+    def interrupt(seconds):
+        if not interrupted and job.log.is_file() and job.log.read_text().endswith("\n"):
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        time.sleep(seconds)
+
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=interrupt, monotonic=time.monotonic))
     with pytest.raises(KeyboardInterrupt):
         run_jobs([job], Machines(), tmp_path / "submitit", lambda job, what: None)
     training, deadline = int(job.log.read_text()), time.monotonic() + 60
@@ -243,6 +252,7 @@ def test_ctrl_c_stops_the_running_jobs(tmp_path, monkeypatch):
         (["table9"], "invalid choice"),
         (["table1", "--slurm", "gpu"], "write KEY=VALUE"),
         (["table1", "--slurm", "time=long"], "a number of minutes"),
+        (["table1", "--classes", "capsule", "--", "--gpu", "0"], "CUDA_VISIBLE_DEVICES"),
         (["table1", "--classes", "capsule", "--", "--epochz", "3"], "unrecognized arguments: --epochz"),
         (["table1", "--classes", "capsule", "--", "--imageSize", "30"], "nearest sizes that work"),
     ],
@@ -262,3 +272,22 @@ def test_without_submitit_the_package_is_named(tmp_path, run_main, monkeypatch):
     code, _, err = run_main(reproduce.main, arguments(tmp_path, "table1", "--classes", "capsule"))
     assert code == 2
     assert "needs the package submitit: pip install submitit" in err
+
+
+def test_two_at_once_do_not_work_in_one_folder(tmp_path, run_main):
+    make_class(tmp_path / "data", "capsule")
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / "lock").open("a") as file:
+        assert lock(file)
+        code, _, err = run_main(reproduce.main, arguments(tmp_path, "table1", "--classes", "capsule"))
+    assert code == 2
+    assert "another reproduce.py works in" in err
+
+
+def test_a_cluster_that_is_not_there_is_said(tmp_path, run_main, monkeypatch):
+    make_class(tmp_path / "data", "capsule")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    given = arguments(tmp_path, "table1", "--classes", "capsule", "--slurm", "partition=gpu")
+    code, _, err = run_main(reproduce.main, given)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "--slurm: " in err

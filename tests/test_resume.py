@@ -183,9 +183,8 @@ def test_a_contradicting_flag_is_named(stopped, run_main, extra, message):
 
 
 def test_flags_that_agree_or_only_say_where_to_compute_are_taken(stopped, run_main):
-    code, _, err = run_main(
-        train.main, ["--resume", stopped, "--numStack", 1, "--numLayer", "auto", "--cache", "none", "--gpu", "cpu"]
-    )  # fmt: skip
+    flags = ["--numStack", 1, "--numLayer", 2, "--precision", "auto", "--cache", "none", "--gpu", "cpu"]
+    code, _, err = run_main(train.main, ["--resume", stopped, *flags])
     assert code == 0, err
 
 

@@ -14,6 +14,7 @@ from conftest import SMALL, make_class
 from PIL import Image
 
 import model as model_module
+import run
 import train
 from checkpoint import load_checkpoint
 from dataset import open_class
@@ -179,6 +180,26 @@ def test_the_method_and_each_ablation_train_stably(tmp_path, run_main, extra):
     if "zero" in extra:
         template = load_checkpoint(only_run(tmp_path) / "last.pt")["template"]
         assert not any(x.any() for x in template)
+
+
+@pytest.mark.usefixtures("widget")
+def test_tensorboard(tmp_path, run_main, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    code, _, err = run_main(train.main, flags(tmp_path, "--tensorboard"))
+    assert code == 0, err
+    events = EventAccumulator(str(only_run(tmp_path)))
+    events.Reload()
+    rows = list(csv.DictReader((only_run(tmp_path) / "metrics.csv").open()))
+    for name in ("loss", "pixel_auroc"):
+        logged = [(event.step, event.value) for event in events.Scalars(name)]
+        assert logged == [(i + 1, pytest.approx(float(row[name]))) for i, row in enumerate(rows)]
+    assert {"curves", "roc_pro", "hole/000_png"} <= set(events.Tags()["images"])
+
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    code, _, err = run_main(train.main, flags(tmp_path, "--tensorboard"))
+    assert code == 2
+    assert "pip install tensorboard" in err
 
 
 def test_all_classes_one_after_the_other(tmp_path, run_main):
