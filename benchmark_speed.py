@@ -37,6 +37,7 @@ from model import PyramidFlow, PyramidFlowConfig, anomaly_map, coupling_schedule
 from parallel import World
 from run import State
 from settings import Settings, parse_settings
+from util import InputError
 
 BATCH = 2
 GENERATED_CLASS, GENERATED_SIDE = "generated", 1024
@@ -268,12 +269,16 @@ def benchmark_precision(arguments: argparse.Namespace, device: torch.device) -> 
     """On one trained state: errors of loss and gradients against float64, and the metrics it gives."""
     trained = Trained.load(arguments.checkpoint, device, "fp32")
     data = open_class(arguments.datapath, arguments.cls or trained.class_name)
+    if len(data.train) < 2 * BATCH:
+        raise InputError(f"precision: class {data.name} needs at least {2 * BATCH} training images")
     model, config = trained.model, trained.model.config
-    store = ImageStore(data.train[: 2 * BATCH], config.image_size, "ram", device, 2, "training images")
+    store = ImageStore(data.train[: 4 * BATCH], config.image_size, "ram", device, 2, "training images")
     images = torch.cat(list(store.batches([torch.arange(len(store))])))
-    pairs = [normalise(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+    batches = [normalise(images[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+    pairs, others = batches[::2], batches[1::2]
     test_set = TestSet.load(data, model, "ram", 2, device)
     exact = loss_and_gradient(model, pairs, torch.float64)
+    other = loss_and_gradient(model, others, torch.float64)
     lines = [
         f"One trained state of class {data.name} (epoch {trained.metrics.get('epoch')}): relative errors of the",
         f"mean loss of {len(pairs)} batches of {BATCH} and of its gradient, against float64; metrics of all test",
@@ -287,11 +292,20 @@ def benchmark_precision(arguments: argparse.Namespace, device: torch.device) -> 
         loss, gradient = loss_and_gradient(model, pairs, torch.float32)
         maps = test_set.anomaly_maps(model, trained.template)
         values = vars(evaluate_maps(maps, test_set.truth))
-        error = float((gradient - exact[1]).norm() / exact[1].norm())
         shown = " | ".join(percent(values[key]) for key in METRIC_NAMES)
-        lines.append(f"| {precision} | {abs(loss / exact[0] - 1):.1e} | {error:.1e} | {shown} |")
-    lines += ["", f"`auto` on this machine: {choose_precision('auto', device, config.channels)}."]
+        errors = f"{abs(loss / exact[0] - 1):.1e} | {_distance(gradient, exact[1]):.1e}"
+        lines.append(f"| {precision} | {errors} | {shown} |")
+    lines += [
+        "",
+        f"For comparison, the gradient of {len(others)} other batches, in float64, differs by "
+        f"{_distance(other[1], exact[1]):.1e}.",
+        f"`auto` on this machine: {choose_precision('auto', device, config.channels)}.",
+    ]
     report(arguments.out, "precision", device, "\n".join(lines))
+
+
+def _distance(x: Tensor, reference: Tensor) -> float:
+    return float((x - reference).norm() / reference.norm())
 
 
 def loss_and_gradient(
