@@ -262,8 +262,8 @@ class _SpectralConvolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        spectra = ctx.saved_tensors[: len(ctx.kinds)]
-        mixings = ctx.saved_tensors[len(ctx.kinds) :]
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
+        spectra, mixings = saved[: len(ctx.kinds)], saved[len(ctx.kinds) :]
         k = ctx.shapes[1][0]
         grad = to_spectrum(grad.contiguous(), basis(ctx.out_kind, k, grad.dtype))
         grads = []

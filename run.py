@@ -190,6 +190,7 @@ class Run:
         )
         self.log.info(f"\n{table}\n\n{TABLE_NOTE}")
         self.log.info(f"\nwritten to {self.folder}")
+        self.log.info(f"to use it: python predict.py {self.folder / LAST_FILE} IMAGES --out predictions")
 
     def _selection(self) -> list[str]:
         """Metrics by which a best checkpoint is kept: those that are defined."""

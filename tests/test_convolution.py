@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import convolution
 from convolution import (
@@ -63,6 +64,14 @@ def test_only_gradients_that_are_asked_for():
         assert other.grad is None
         other.requires_grad_()
         wanted.grad = None
+
+
+@pytest.mark.usefixtures("way")
+def test_inside_torch_checkpoint():
+    x, weight = random(1, 2, 16, 16), random(3, 2, 7, 7)
+    plain = torch.autograd.grad(same_conv2d(weight, x).square().sum(), (x, weight))
+    recomputed = checkpoint(same_conv2d, weight, x, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(recomputed.square().sum(), (x, weight)), plain)
 
 
 def test_float32_is_as_accurate_as_the_direct_convolution():
