@@ -253,6 +253,7 @@ class _SpectralConvolution(torch.autograd.Function):
             mixed = _by_channels(spectra[-1], mixings[-1], mixed)
         ctx.save_for_backward(*spectra, *mixings)
         ctx.kinds, ctx.shapes = kinds, [x.shape for x in maps_and_kernels]
+        ctx.kernel_strides = [kernel.stride() for kernel in kernels]
         ctx.out_kind = "output" if stride == 1 else "every second output"
         batch, height, width, _ = maps[0].shape
         scale = 2 if kinds[0] == "upsampled" else 1
@@ -276,7 +277,10 @@ class _SpectralConvolution(torch.autograd.Function):
                 by_tiles = torch.empty_like(mixing)
                 for x, y, out in zip(spectrum, grad, by_tiles, strict=True):
                     torch.bmm(x.permute(1, 2, 0), y.transpose(0, 1), out=out)
-                kernel_grad = kernel_gradient(by_tiles, ctx.shapes[2 * n + 1])
+                # Laid out as the kernel, or autograd would copy it, and keep both for a while.
+                shape = ctx.shapes[2 * n + 1]
+                kernel_grad = torch.empty_strided(shape, ctx.kernel_strides[n], dtype=grad.dtype)
+                kernel_grad.copy_(kernel_gradient(by_tiles, shape))
             grads += [map_grad, kernel_grad]
         return None, None, *grads
 
