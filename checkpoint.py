@@ -68,10 +68,11 @@ class Trained:
         return cls(path, name, model, tuple(x.to(device) for x in template), metrics, calibration)
 
     def content(self, metrics: dict) -> dict:
-        """Of a checkpoint that `load` reads."""
+        """Of a checkpoint that `load` reads, of weights that were trained in float32."""
         return {
             "class": self.class_name,
             "config": self.model.config.to_dict(),
+            "settings": {"precision": "fp32"},
             "model": {name: x.cpu() for name, x in self.model.state_dict().items()},
             "template": [x.cpu() for x in self.template],
             "metrics": metrics,

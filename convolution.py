@@ -253,7 +253,7 @@ class _SpectralConvolution(torch.autograd.Function):
             mixed = _by_channels(spectra[-1], mixings[-1], mixed)
         ctx.save_for_backward(*spectra, *mixings)
         ctx.kinds, ctx.shapes = kinds, [x.shape for x in maps_and_kernels]
-        ctx.kernel_strides = [kernel.stride() for kernel in kernels]
+        ctx.kernel_strides = [torch.empty_like(kernel, device="meta").stride() for kernel in kernels]
         ctx.out_kind = "output" if stride == 1 else "every second output"
         batch, height, width, _ = maps[0].shape
         scale = 2 if kinds[0] == "upsampled" else 1

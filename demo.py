@@ -1,4 +1,4 @@
-"""Make a small data set in MVTec's layout and train on it: no download, no GPU, a few minutes.
+"""Make a small data set in MVTec's layout and train on it: no download, no GPU, about a minute.
 
     python demo.py              # data, training, table, pictures
     python demo.py --dataOnly   # the data alone, in demo_data/

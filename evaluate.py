@@ -120,8 +120,8 @@ def read_official_weights(arguments: argparse.Namespace, device: torch.device) -
     size = arguments.imageSize
     size = (size[0], size[-1]) if size else None
     model = load_official(arguments.official, arguments.officialChoice, size)
-    dtype = apply_precision(choose_precision(arguments.precision, device, model.config.channels))
-    model.to(device).compute_networks_in(dtype).eval()
+    precision = choose_precision(arguments.precision, device, model.config.channels, trained_in="fp32")
+    model.to(device).compute_networks_in(apply_precision(precision)).eval()
     config = model.config
     data = open_class(arguments.datapath, arguments.cls, arguments.dataset)
     store = ImageStore(

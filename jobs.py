@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from run import RESULT_FILE, STATE_FILE
 from util import InputError, lock
 
@@ -63,16 +65,6 @@ class Job:
     def run_folder(self) -> Path | None:
         """Where the result is, if there is one."""
         return next((path.parent for path in self.folder.glob(f"*/{RESULT_FILE}")), None)
-
-    def wait_until_stopped(self) -> None:
-        """A training that was told to stop finishes its step and saves."""
-        deadline = time.monotonic() + SECONDS_TO_STOP
-        for path in self.folder.glob("*/log.txt"):
-            while time.monotonic() < deadline:
-                with path.open("a") as file:
-                    if lock(file):
-                        break
-                time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def result(self) -> dict | None:
         folder = self.run_folder()
@@ -120,13 +112,20 @@ def run_jobs(
         return []
     places = machines.places(len(waiting))
     free, running, failed = deque(range(len(places))), {}, []
-    submit = _submitter(machines, folder, threads=max(1, (os.cpu_count() or 1) // len(places)))
+    submit = _submitter(machines, folder, threads=max(1, torch.get_num_threads() // len(places)))
     try:
         while waiting or running:
             while waiting and free:
-                job, place = waiting.popleft(), free.popleft()
-                report(job, "starts")
-                running[place] = job, submit(job, places[place])
+                place = free.popleft()
+                try:
+                    handle = submit(waiting[0], places[place])
+                except InputError:
+                    if not running:
+                        raise
+                    free.append(place)  # a cluster that takes no more for now
+                    break
+                running[place] = waiting.popleft(), handle
+                report(running[place][0], "starts")
             time.sleep(SECONDS_BETWEEN_LOOKS)
             for place, (job, handle) in list(running.items()):
                 if not handle.done():
@@ -145,8 +144,19 @@ def run_jobs(
         for _, handle in running.values():
             handle.cancel()
         for job, _ in running.values():
-            job.wait_until_stopped()
+            _wait_until_stopped(job)
     return failed
+
+
+def _wait_until_stopped(job: Job) -> None:
+    """A training that was told to stop finishes its step and saves."""
+    deadline = time.monotonic() + SECONDS_TO_STOP
+    for path in job.folder.glob("*/log.txt"):
+        while time.monotonic() < deadline:
+            with path.open("a") as file:
+                if lock(file):
+                    break
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def _submitter(machines: Machines, folder: Path, threads: int):
@@ -165,15 +175,16 @@ def _submitter(machines: Machines, folder: Path, threads: int):
         raise InputError(f"--slurm: {str(error).splitlines()[0]}") from None
 
     def submit(job: Job, gpu: str | None):
-        job.attempts += 1
         job.folder.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ)
         environment["OMP_NUM_THREADS"] = str(threads)
         environment["CUDA_VISIBLE_DEVICES"] = gpu or ""
         try:
-            return executor.submit(_Training(job, None if on_slurm else environment))
+            handle = executor.submit(_Training(job, None if on_slurm else environment))
         except submitit.core.utils.FailedJobError as error:
             raise InputError(f"--slurm: {str(error).splitlines()[0]}") from None
+        job.attempts += 1
+        return handle
 
     return submit
 
@@ -199,8 +210,9 @@ class _Training:
                 start_new_session=True,
             )  # fmt: skip
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, _stop)
+            if self.environment is not None:  # Slurm's signals are submitit's
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, _stop)
             return process.wait()
         finally:
             if process.poll() is None:

@@ -38,6 +38,7 @@ from util import (
     InputError,
     Interrupted,
     Parser,
+    StopRequest,
     atomic_path,
     check_writable,
     lock,
@@ -157,7 +158,7 @@ def main() -> None:
     arguments.datapath = (arguments.datapath or Path(table.datapath)).absolute()
     arguments.out = arguments.out.absolute()
     table = choose(table, arguments)
-    visible_gpus(arguments.more)
+    check_more_flags(table, arguments.more)
     plan = plan_jobs(table, arguments)
     if arguments.dryRun:
         for entry in plan:
@@ -268,6 +269,17 @@ def choose(table: Table, arguments: argparse.Namespace) -> Table:
     return Table(table.title, classes, variants, table.columns, table.datapath)
 
 
+def check_more_flags(table: Table, more: list[str]) -> None:
+    """Raises InputError if a flag after -- is one that the table sets itself."""
+    _, given = parse_settings("", more)
+    own = {flag[2:] for variant in table.variants for flag in variant.flags if flag.startswith("--")}
+    own |= {"cls", "epochs", "seed", "datapath", "saveDir", "resume"}
+    for name in given:
+        if name in own:
+            raise InputError(f"--{name} after --: the table sets it itself; leave it out")
+    visible_gpus(more)
+
+
 def plan_jobs(table: Table, arguments: argparse.Namespace) -> list[Entry]:
     """Entries of the table; equal trainings are the same job, in this table and in others."""
     entries, jobs = [], {}
@@ -331,7 +343,7 @@ def train(plan: list[Entry], arguments: argparse.Namespace) -> list[Job]:
 
     machines = Machines(visible_gpus(arguments.more), arguments.jobs, arguments.slurm)
     try:
-        with (arguments.out / "lock").open("a") as file:
+        with StopRequest(), (arguments.out / "lock").open("a") as file:
             if not lock(file):
                 raise InputError(
                     f"another reproduce.py works in {arguments.out}; wait for it, or name another --out"

@@ -98,6 +98,9 @@ class Run:
     def resume(cls, settings: Settings, about: dict, environment: list[str], state: State) -> Run:
         folder = Path(settings.resume)
         log = start_log(folder / "log.txt", environment)
+        on_disk = load_state(folder)["state"]  # now that no other process writes to it
+        if (on_disk["epoch"], len(on_disk["losses"])) != (state.epoch, len(state.losses)):
+            raise InputError(f"--resume {folder}: another process went on with it; start again")
         for unfinished in folder.glob(".*.tmp"):  # of a write that was killed
             unfinished.unlink()
         log.info(f"going on with {folder} in epoch {state.epoch}, {len(state.losses)} steps done")

@@ -139,6 +139,7 @@ def fit(training: Training, run: Run | None, state: State, stop: StopRequest) ->
         clock = Clock(training.device)
         with clock.part("training"):
             training.train_one_epoch(state, save, stop)
+        save()  # an evaluation that is stopped costs no step
         if state.epoch % settings.evalEvery == 0 or state.epoch == settings.epochs:
             template, metrics = training.evaluate(clock)
             state.add_row(metrics, clock)
@@ -260,7 +261,7 @@ class Training:
 
         Several processes look up at the same steps.  On CUDA it is seldom, because the host waits for it.
         """
-        if self.world.size == 1 and (self.device.type == "cpu" or stop_asked):
+        if self.device.type == "cpu" or (self.world.size == 1 and stop_asked):
             return True
         return number % STEPS_BETWEEN_CHECKS == 0
 
@@ -369,12 +370,14 @@ def check_class(settings: Settings, world: World) -> AnomalyClass:
 
 
 def check_batch_size(settings: Settings, num_images: int, num_processes: int) -> None:
+    if num_images < 2:
+        raise InputError(f"class {settings.cls} has {num_images} training images; add some, at least 2")
     if settings.batchSize < 2 and settings.loss != "likelihood":
         raise InputError("--batchSize 1: the loss compares pairs of images; use at least 2")
     if settings.batchSize > num_images:
         raise InputError(
-            f"--batchSize {settings.batchSize} is more than the {num_images} training images; "
-            + (f"use 2 to {num_images}" if num_images > 1 else "add good images, at least 2 are needed")
+            f"--batchSize {settings.batchSize} is more than the {num_images} training images; use 2 to "
+            f"{num_images}"
         )
     if settings.batchSize * num_processes > num_images:
         raise InputError(

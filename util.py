@@ -67,7 +67,7 @@ def _fail(line: str, code: int) -> int:
 
 
 class StopRequest:
-    """While it is active, Ctrl-C and SIGTERM ask for a stop instead of stopping at once.
+    """While it is active, Ctrl-C, SIGTERM and a lost terminal ask for a stop instead of stopping at once.
 
     Work that can end in good order looks at `asked` between its steps, inside `with stop.deferred():`.
     Elsewhere, and the second time, KeyboardInterrupt is raised.
@@ -79,8 +79,10 @@ class StopRequest:
         self._previous: dict = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
+            if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_) -> None:
@@ -245,6 +247,8 @@ def lock(file: IO) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError:  # some network file systems
+        return True
     return True
 
 

@@ -57,7 +57,8 @@ def folder_of(command):
     return command.split("--saveDir ")[1]
 
 
-def test_real_jobs_fill_a_table_and_are_not_run_again(tmp_path, run_main):
+def test_real_jobs_fill_a_table_and_are_not_run_again(tmp_path, run_main, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # jobs find the program wherever they are started
     make_class(tmp_path / "data", "capsule")
     given = arguments(tmp_path, "table1", "--classes", "capsule", "--jobs", 2)
     code, out, err = run_main(reproduce.main, given)
@@ -253,6 +254,8 @@ def test_ctrl_c_stops_the_running_jobs(tmp_path, monkeypatch):
         (["table1", "--slurm", "gpu"], "write KEY=VALUE"),
         (["table1", "--slurm", "time=long"], "a number of minutes"),
         (["table1", "--classes", "capsule", "--", "--gpu", "0"], "CUDA_VISIBLE_DEVICES"),
+        (["table1", "--classes", "capsule", "--", "--volumeNorm", "CVN"], "the table sets it itself"),
+        (["table1", "--classes", "capsule", "--", "--seed", "3"], "the table sets it itself"),
         (["table1", "--classes", "capsule", "--", "--epochz", "3"], "unrecognized arguments: --epochz"),
         (["table1", "--classes", "capsule", "--", "--imageSize", "30"], "nearest sizes that work"),
     ],

@@ -99,9 +99,10 @@ def assert_equal_content(x, y, where):
     [
         ("step", 2, "before"),  # in the first epoch
         ("step", 5, "after"),  # in the second
-        ("replace", 4, "before"),  # while a checkpoint is written
-        ("replace", 5, "after"),
-        ("replace", 12, "before"),  # after the last epoch
+        ("replace", 5, "after"),  # between training and evaluation
+        ("replace", 7, "before"),  # while a checkpoint is written
+        ("replace", 8, "after"),
+        ("replace", 17, "before"),  # after the last epoch
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted(data, uninterrupted, tmp_path, target, number, moment):
@@ -146,6 +147,38 @@ def test_ctrl_c_ends_the_step_and_says_how_to_go_on(
     assert "in epoch 2, 2 steps done" in out
     assert len(steps) == 3 * 3  # none was made twice
     assert_same(run, uninterrupted)
+
+
+def test_a_stop_while_evaluating_costs_no_step(data, uninterrupted, tmp_path, run_main, monkeypatch):
+    original, steps = train.Training.step, []
+
+    def counted(*arguments):
+        steps.append(1)
+        return original(*arguments)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Training, "step", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate_maps", stop)
+        code, _, err = run_main(train.main, flags(data, tmp_path / "runs", "--evalEvery", 2))
+    assert (code, "stopped in epoch 2" in err) == (130, True)
+    run = only_run(tmp_path / "runs")
+    assert run_main(train.main, ["--resume", run])[0] == 0
+    assert len(steps) == 3 * 3
+    assert_same(run, uninterrupted)
+
+
+def test_a_run_that_another_process_went_on_with_is_left_alone(stopped, run_main, monkeypatch):
+    stale = train.load_state(stopped)
+    assert run_main(train.main, ["--resume", stopped])[0] == 0
+    before = (stopped / "result.json").read_bytes()
+    monkeypatch.setattr(train, "load_state", lambda folder: stale)
+    code, _, err = run_main(train.main, ["--resume", stopped])
+    assert (code, err.count("\n")) == (2, 1)
+    assert "this run is finished" in err
+    assert (stopped / "result.json").read_bytes() == before
 
 
 @pytest.fixture

@@ -361,7 +361,7 @@ def test_no_training_images(tmp_path, run_main):
 
 def test_one_training_image(tmp_path, run_main):
     make_class(tmp_path / "data", num_train=1)
-    assert_refused(tmp_path, run_main(train.main, flags(tmp_path)), "at least 2 are needed")
+    assert_refused(tmp_path, run_main(train.main, flags(tmp_path)), "add some, at least 2")
 
 
 def test_no_test_images(tmp_path, run_main):
