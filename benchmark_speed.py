@@ -321,4 +321,4 @@ def loss_and_gradient(
         buffer.copy_(value)
     gradient = torch.cat([p.grad.flatten().double() for p in model.flow.parameters()])
     model.to(torch.float32).eval()
-    return float(total), gradient
+    return float(total.detach()), gradient
