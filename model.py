@@ -27,6 +27,7 @@ ENCODERS = ("none", "resnet18", "resnet34")
 ENCODER_BNS = ("batch", "frozen")
 VOLUME_NORMS = ("CVN", "SVN", "none")
 CONTRASTS = ("latent", "composed")
+TEMPLATES = ("mean", "zero")
 LOSSES = ("fourier", "spatial", "likelihood")
 RESNET_STRIDE = 4  # conv1 and maxpool each halve the image
 RESNET_CHANNELS = 64
@@ -622,17 +623,24 @@ def _sum_to(x: Tensor, like: Tensor) -> Tensor:
 
 
 def training_loss(
-    model: PyramidFlow, features: Tensor, kind: str = "fourier", flow: nn.Module | None = None
+    model: PyramidFlow,
+    features: Tensor,
+    kind: str = "fourier",
+    template: str = "mean",
+    flow: nn.Module | None = None,
 ) -> Tensor:
     """The loss of a batch of features (B,C,H,W), a scalar.
 
     Args:
         kind: "fourier" (Sec. 3.4); "spatial" (ablation IV) or "likelihood" (ablation I of Table 2).
+        template: "mean", latents are pulled together; "zero", to zero (ablation II).
         flow: as in `PyramidFlow.latents`.
     """
     latents, logdets = model.latents(features, logdets=kind == "likelihood", flow=flow)
     if kind == "likelihood":
         return likelihood_loss(latents, logdets)
+    if template == "zero":
+        return zero_loss(model.pyramid, latents, kind, model.config.contrast)
     return pair_loss(model.pyramid, latents, kind, model.config.contrast)
 
 
@@ -654,7 +662,18 @@ def pair_loss(
         raise ValueError("the loss compares pairs of images: the batch needs at least 2")
     pairs = list(itertools.combinations(range(batch), 2))
     first, second = (tuple(_images(z, [pair[k] for pair in pairs]) for z in latents) for k in (0, 1))
-    maps = compare(pyramid, first, second, torch.square, contrast)
+    return _magnitude(compare(pyramid, first, second, torch.square, contrast), kind)
+
+
+def zero_loss(
+    pyramid: LaplacianPyramid, latents: Tensors, kind: str = "fourier", contrast: str = "latent"
+) -> Tensor:
+    """`pair_loss` with zero in the place of every second image; a batch of one will do."""
+    zeros = tuple(torch.zeros_like(z[:1]) for z in latents)
+    return _magnitude(compare(pyramid, latents, zeros, torch.square, contrast), kind)
+
+
+def _magnitude(maps: Tensor, kind: str) -> Tensor:
     return torch.fft.fft2(maps).abs().mean() if kind == "fourier" else maps.mean()
 
 

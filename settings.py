@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from dataset import DATASETS, MVTEC_TEXTURES
 from hardware import PRECISIONS
 from loading import CACHES
-from model import CONTRASTS, ENCODER_BNS, ENCODERS, LOSSES, VOLUME_NORMS, PyramidFlowConfig
+from model import CONTRASTS, ENCODER_BNS, ENCODERS, LOSSES, TEMPLATES, VOLUME_NORMS, PyramidFlowConfig
 from util import InputError, Parser, whole_number
 
 # The official program's choices by class, where a flag says auto.
@@ -17,7 +17,6 @@ AUTO_NUM_LAYER = {"metal_nut": 8, "carpet": 8, "transistor": 8, "screw": 2}
 AUTO_SVN = ("carpet", "grid", "bottle", "transistor")
 AUTO_IMAGE_SIZE = {"none": 256, "resnet18": 1024, "resnet34": 1024}
 
-TEMPLATES = ("mean", "zero")
 NUM_WORKERS = min(os.cpu_count() or 1, 8)
 
 # What may change when a run is resumed: where it computes and where its data are.
@@ -108,8 +107,8 @@ class Settings:
         "--volumeNorm none", choices=LOSSES,
     )  # fmt: skip
     template: str = _flag(
-        "mean", "ablations", "what is subtracted from a latent: the mean latent, or zero",
-        choices=TEMPLATES,
+        "mean", "ablations", "what latents are contrasted with: each other and their mean; or zero, in training "
+        "and in the score", choices=TEMPLATES,
     )  # fmt: skip
     contrast: str = _flag(
         "latent", "ablations", "latent: differences are composed; composed: compose, then difference",

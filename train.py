@@ -272,7 +272,10 @@ class Training:
 
     def step(self, features: Tensor) -> Tensor:
         """One step on a batch; the loss, still on the device."""
-        return optimise(self.model, self.optimizer, features, self.settings.loss, self.flow)
+        settings = self.settings
+        return optimise(
+            self.model, self.optimizer, features, settings.loss, settings.template, self.flow
+        )
 
     def evaluate(self, clock: Clock) -> tuple[tuple[Tensor, ...], Metrics]:
         """The template of the training images, and the metrics of the test images against it.
@@ -372,7 +375,8 @@ def check_class(settings: Settings, world: World) -> AnomalyClass:
 def check_batch_size(settings: Settings, num_images: int, num_processes: int) -> None:
     if num_images < 2:
         raise InputError(f"class {settings.cls} has {num_images} training images; add some, at least 2")
-    if settings.batchSize < 2 and settings.loss != "likelihood":
+    pairs = settings.loss != "likelihood" and settings.template == "mean"
+    if settings.batchSize < 2 and pairs:
         raise InputError("--batchSize 1: the loss compares pairs of images; use at least 2")
     if settings.batchSize > num_images:
         raise InputError(
@@ -396,14 +400,15 @@ def optimise(
     optimizer: torch.optim.Optimizer,
     features: Tensor,
     loss: str = "fourier",
+    template: str = "mean",
     flow: nn.Module | None = None,
 ) -> Tensor:
     """One step of the optimiser; the loss, still on the device: nothing here waits for it.
 
     Args:
-        features, loss, flow: as in `model.training_loss`.
+        features, loss, template, flow: as in `model.training_loss`.
     """
-    value = training_loss(model, features, loss, flow)
+    value = training_loss(model, features, loss, template, flow)
     optimizer.zero_grad(set_to_none=True)
     value.backward()
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], MAX_GRADIENT_NORM)

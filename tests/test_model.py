@@ -21,6 +21,7 @@ from model import (
     load_encoder_weights,
     pair_loss,
     training_loss,
+    zero_loss,
 )
 from official import convert_state_dict
 
@@ -373,6 +374,23 @@ def test_spatial_loss_is_the_mean_composed_difference():
     latents = (torch.randn(2, 3, 8, 8).double(), torch.randn(2, 3, 4, 4).double())
     composed = pyramid.compose(tuple((z[:1] - z[1:]) ** 2 for z in latents))
     torch.testing.assert_close(pair_loss(pyramid, latents, "spatial"), composed.mean())
+
+
+@pytest.mark.parametrize("contrast", ["latent", "composed"])
+@pytest.mark.parametrize("kind", ["fourier", "spatial"])
+def test_zero_template_compares_each_image_with_zero(kind, contrast):
+    """Ablation II."""
+    model = small_model(contrast=contrast)
+    features = model.encode(images(model, batch=3)).detach()
+    latents, _ = model.latents(features)
+    singles = [
+        pair_loss(
+            model.pyramid, tuple(torch.cat([z[i : i + 1], 0 * z[:1]]) for z in latents), kind, contrast
+        )
+        for i in range(3)
+    ]
+    torch.testing.assert_close(zero_loss(model.pyramid, latents, kind, contrast), sum(singles) / 3)
+    torch.testing.assert_close(training_loss(model, features, kind, "zero"), sum(singles) / 3)
 
 
 @pytest.mark.parametrize("kind", ["fourier", "spatial"])
