@@ -162,7 +162,8 @@ def main() -> None:
     plan = plan_jobs(table, arguments)
     if arguments.dryRun:
         for entry in plan:
-            print(shown(entry.job.command()))
+            finished = entry.job.run_folder()
+            print(f"# finished: {finished}" if finished else shown(entry.job.command()))
         return
     check_writable(arguments.out, "--out")
     folder = arguments.out / arguments.table
