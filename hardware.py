@@ -115,7 +115,7 @@ def choose_precision(
 
     Args:
         channels: of the flow.
-        trained_in: the precision of a trained model, which auto keeps where the device has it.
+        trained_in: the precision of a trained model; auto keeps fp32, and tf32 where the device has it.
 
     Raises:
         InputError: the device does not have it.

@@ -247,8 +247,8 @@ def lock(file: IO) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # some network file systems
-        return True
+    except OSError:
+        pass  # some network file systems
     return True
 
 

@@ -1,3 +1,5 @@
+"""What the README says can be done can be done."""
+
 import re
 from pathlib import Path
 
