@@ -65,7 +65,9 @@ def same_conv2d(
     if x is not None:
         y = F.conv2d(x, own, stride=stride, padding=own.shape[-1] // 2)
     if upsampled is not None:
-        part = conv2d_of_upsampled(upsampled, other)[:, :, ::stride, ::stride]
+        part = conv2d_of_upsampled(upsampled, other)
+        if stride > 1:  # else no view: gradients of views that are changed in place are copied
+            part = part[:, :, ::stride, ::stride]
         y = part if y is None else y.add_(part)
     return y
 

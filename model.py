@@ -314,8 +314,7 @@ class CouplingBlock(CouplingModule):
     x_target <- A (exp(s) * x_target + t), with s and t from the neighbours by two convolutions:
     up(i): x_i from x_{i+1};  down(i): x_{i+1} from x_i;  dual(i): x_{i+1} from x_i and x_{i+2}.
 
-    The parameters of the coupling are the networks' raw output and the mean that volume normalization
-    subtracts; s and t exist only a strip of pixels at a time, see `_AffineCoupling`.
+    The parameters of the coupling are exp(s) and t, as rows of pixels.
 
     Args:
         kind: "up", "down" or "dual".
@@ -323,7 +322,7 @@ class CouplingBlock(CouplingModule):
         config: the architecture.
     """
 
-    cast_parameters = False  # the raw output may stay bfloat16
+    cast_parameters = False  # t may stay bfloat16
 
     def __init__(self, kind: str, level: int, config: PyramidFlowConfig):
         super().__init__(target=level if kind == "up" else level + 1)
@@ -342,43 +341,43 @@ class CouplingBlock(CouplingModule):
         return f"{self.kind}({self.level})"
 
     def transform_parameters(self, inputs: tuple[Tensor | None, ...]) -> Tensors:
-        """(raw output at the target's pixels (B,N,2C), mean of s (1,N,1) or (1,1,C))."""
+        """Scale exp(s) and shift t of the target's pixels, each (B,N,C)."""
         i = self.level
         if self.kind == "up":
-            raw, mean = self.affine(upsampled=inputs[i + 1])
+            scale, shift = self.affine(upsampled=inputs[i + 1])
         elif self.kind == "dual":
-            raw, mean = self.affine(inputs[i][:, :, ::2, ::2], upsampled=inputs[i + 2])
+            scale, shift = self.affine(_EverySecondPixel.apply(inputs[i]), upsampled=inputs[i + 2])
         else:
-            raw, mean = self.affine(inputs[i])
+            scale, shift = self.affine(inputs[i])
         if self.computed_level != self.target:
-            raw = raw[:, :, ::2, ::2]
-        return _pixel_rows(raw), mean
+            scale, shift = _EverySecondPixel.apply(scale), _EverySecondPixel.apply(shift)
+        return _pixel_rows(scale), _pixel_rows(shift)
 
-    def couple(self, x: Tensor, raw: Tensor, mean: Tensor) -> Tensor:
+    def couple(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         plain = torch.compiler.is_compiling()  # which finds its own way through memory
         function = _affine_coupling if plain else _AffineCoupling.apply
-        return _as_map(function(_pixel_rows(x), raw, mean, self.conv1x1.matrix(x.dtype)), x.shape)
+        return _as_map(function(_pixel_rows(x), scale, shift, self.conv1x1.matrix(x.dtype)), x.shape)
 
-    def decouple(self, y: Tensor, raw: Tensor, mean: Tensor) -> Tensor:
+    def decouple(self, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         matrix, rows = self.conv1x1.inverse_matrix(y.dtype), _pixel_rows(y)
         if torch.is_grad_enabled():
-            x = _undo_affine_coupling(rows, raw, mean, matrix)
+            x = _undo_affine_coupling(rows, scale, shift, matrix)
         else:
             x = torch.empty_like(rows)
-            for strip, *given in _strips(x, rows, raw, mean):
+            for strip, *given in _strips(x, rows, scale, shift):
                 strip.copy_(_undo_affine_coupling(*given, matrix))
         return _as_map(x, y.shape)
 
-    def log_det(self, raw: Tensor, mean: Tensor) -> Tensor:
+    def log_det(self, scale: Tensor, shift: Tensor) -> Tensor:
         """s, per element.  The 1x1 convolution mixes channels, so its share is spread evenly on them."""
-        s = _as_map(_bounded_log_scale(raw) - mean, (len(raw), self.conv1x1.channels, *self.target_size))
+        s = _as_map(scale.log(), (len(scale), self.conv1x1.channels, *self.target_size))
         if self.conv1x1.volume_normalized:
             return s  # log|det A| = 0 by construction
         return s + self.conv1x1.log_det() / self.conv1x1.channels
 
 
 class AffineParameters(nn.Module):
-    """Raw log-scale s0 and shift t by two k x k convolutions, and the mean that normalises the log-scale.
+    """Scale exp(s) and shift t by two k x k convolutions and volume normalization.
 
     [s0, t] = conv(LeakyReLU(conv(x)));  s = b - mean(b) with b = clamp * 0.636 * atan(s0 / clamp).
 
@@ -401,11 +400,11 @@ class AffineParameters(nn.Module):
         self.compute_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor | None = None, upsampled: Tensor | None = None) -> Tensors:
-        """x (B,I,H,W) and/or `upsampled` (B,I,H/2,W/2) -> (raw [s0, t] (B,2C,H,W), mean of b)."""
+        """x (B,I,H,W) and/or `upsampled` (B,I,H/2,W/2) -> (scale, shift), each (B,C,H,W)."""
         hidden = same_conv2d(self._cast(self.conv1.weight), self._cast(x), self._cast(upsampled))
         hidden = F.leaky_relu(hidden, 0.01, inplace=True)
         raw = same_conv2d(self._cast(self.conv2.weight), hidden, stride=self.conv2.stride[0])
-        return raw, self.norm(_pixel_rows(raw))
+        return self.norm(raw)
 
     def _cast(self, x: Tensor | None) -> Tensor | None:
         if x is None:
@@ -414,10 +413,10 @@ class AffineParameters(nn.Module):
 
 
 class VolumeNorm(nn.Module):
-    """The mean to subtract from s, so that the volume change averages to zero (Sec. 3.3); never divide.
+    """Subtracts a mean from s, so that the volume change averages to zero (Sec. 3.3); never divides.
 
     CVN: mean over batch and channels, per pixel.  SVN: mean over batch and space, per channel.
-    Training gives the batch's mean and moves the running mean, eval gives the running mean.
+    Training takes the batch's mean and moves the running mean, eval takes the running mean.
 
     Args:
         kind: "CVN", "SVN" or "none".
@@ -433,16 +432,24 @@ class VolumeNorm(nn.Module):
         shape = {"CVN": (1, 1, *size), "SVN": (1, channels, 1, 1), "none": None}[kind]
         self.register_buffer("running_mean", None if shape is None else torch.zeros(shape))
 
-    def forward(self, raw: Tensor) -> Tensor:
-        """Raw output (B,N,2C) -> mean of its bounded log-scale: (1,N,1) CVN, (1,1,C) SVN, 0 without."""
+    def forward(self, raw: Tensor) -> Tensors:
+        """Raw output [s0, t] (B,2C,H,W) -> scale exp(s), at least float32, and shift t, each (B,C,H,W)."""
+        batch, width, *size = raw.shape
+        mean, dims = None, ()
         if self.running_mean is None:
-            return raw.new_zeros(1, 1, 1, dtype=_state_dtype(raw))
-        if not self.training:
-            return _pixel_rows(self.running_mean)
-        mean = _MeanLogScale.apply(raw, self.kind == "CVN")
-        update = mean.detach().to(self.running_mean.dtype)
-        self.running_mean.lerp_(update.view(self.running_mean.shape), self.momentum)
-        return mean
+            mean = raw.new_zeros(1, 1, 1, dtype=_state_dtype(raw))
+        elif not self.training:
+            mean = _pixel_rows(self.running_mean)
+        else:
+            dims = (2, 0) if self.kind == "CVN" else (0, 1)
+        plain = torch.compiler.is_compiling() and mean is not None
+        function = _scale_and_shift if plain else _ScaleAndShift.apply
+        scale, shift, mean = function(_pixel_rows(raw), mean, dims)
+        if dims:
+            update = mean.to(self.running_mean.dtype).view(self.running_mean.shape)
+            self.running_mean.lerp_(update, self.momentum)
+        shape = (batch, width // 2, *size)
+        return _as_map(scale, shape), _as_map(shift, shape)
 
 
 class InvertibleConv1x1(nn.Module):
@@ -524,10 +531,11 @@ def _state_dtype(raw: Tensor) -> torch.dtype:
     return torch.promote_types(raw.dtype, torch.float32)
 
 
-def _bounded_log_scale(raw: Tensor) -> Tensor:
+def _bounded_log_scale(raw: Tensor, out: Tensor | None = None) -> Tensor:
     """Raw output (B,N,2C) -> clamp * 0.636 * atan(s0 / clamp), (B,N,C), at least float32."""
-    s0 = raw[..., : raw.shape[-1] // 2].to(_state_dtype(raw))
-    return (s0 / CLAMP).atan() * (CLAMP * ATAN_FACTOR)
+    s0 = raw[..., : raw.shape[-1] // 2]
+    s0 = s0.to(_state_dtype(raw), copy=True) if out is None else out.copy_(s0)
+    return s0.div_(CLAMP).atan_().mul_(CLAMP * ATAN_FACTOR)
 
 
 def _bounded_log_scale_slope(raw: Tensor) -> Tensor:
@@ -536,87 +544,112 @@ def _bounded_log_scale_slope(raw: Tensor) -> Tensor:
     return u.square_().add_(1 / ATAN_FACTOR).reciprocal_()
 
 
-class _MeanLogScale(torch.autograd.Function):
-    """Raw output (B,N,2C) -> mean of the bounded log-scale, (1,N,1) per pixel or (1,1,C) per channel."""
+class _ScaleAndShift(torch.autograd.Function):
+    """Raw output [s0, t] (B,N,2C) -> exp(b - mean), t, and the mean: what is given, or that of b over `dims`."""
 
     @staticmethod
-    def forward(ctx, raw: Tensor, per_pixel: bool) -> Tensor:
-        batch, pixels, width = raw.shape
-        ctx.save_for_backward(raw)
-        shape = (1, pixels, 1) if per_pixel else (1, 1, width // 2)
-        mean = raw.new_zeros(shape, dtype=_state_dtype(raw))
-        ctx.count = batch * pixels * (width // 2) // mean.numel()
-        for part, into in _strips(raw, mean):
-            into += _sum_to(_bounded_log_scale(part), into)
-        return mean.div_(ctx.count)
+    def forward(ctx, raw: Tensor, mean: Tensor | None, dims: tuple[int, ...]) -> Tensors:
+        channels = raw.shape[-1] // 2
+        scale = raw.new_empty((*raw.shape[:2], channels), dtype=_state_dtype(raw))
+        if dims:
+            mean = scale.new_zeros([1 if d in dims else n for d, n in enumerate(scale.shape)])
+        share = mean.numel() / scale.numel()
+        for into, part, mean_part in _strips(scale, raw, mean):
+            _bounded_log_scale(part, out=into)
+            if dims:
+                mean_part.add_(_sum_over(dims, into), alpha=share)
+        for into, mean_part in _strips(scale, mean):
+            into.sub_(mean_part).exp_()
+        ctx.save_for_backward(raw, scale)
+        ctx.mark_non_differentiable(mean)
+        ctx.dims, ctx.share = dims, share
+        return scale, raw[..., channels:], mean
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_mean: Tensor) -> tuple[Tensor, None]:
-        (raw,) = ctx.saved_tensors
-        grad_raw = torch.zeros_like(raw)
-        share = grad_mean / ctx.count
-        for part, grad, into in _strips(raw, share, grad_raw):
-            into[..., : raw.shape[-1] // 2] = _bounded_log_scale_slope(part).mul_(grad)
-        return grad_raw, None
+    def backward(ctx, grad_scale: Tensor, grad_shift: Tensor, _) -> tuple[Tensor | None, ...]:
+        raw, scale = ctx.saved_tensors
+        channels = scale.shape[-1]
+        grad_raw, grad_s = torch.empty_like(raw), torch.empty_like(scale)
+        mean = grad_s.new_zeros([1 if d in ctx.dims else n for d, n in enumerate(scale.shape)])
+        for into, grad, part, mean_part in _strips(grad_s, grad_scale, scale, mean):
+            torch.mul(grad, part, out=into)
+            if ctx.dims:
+                mean_part.add_(_sum_over(ctx.dims, into), alpha=ctx.share)
+        for into, grad, part, shift, mean_part in _strips(grad_raw, grad_s, raw, grad_shift, mean):
+            if ctx.dims:
+                grad.sub_(mean_part)
+            torch.mul(grad, _bounded_log_scale_slope(part), out=grad)
+            into[..., :channels] = grad
+            into[..., channels:] = shift
+        return grad_raw, None, None
+
+
+def _sum_over(dims: tuple[int, ...], x: Tensor) -> Tensor:
+    for dim in dims:  # one by one is faster
+        x = x.sum(dim, keepdim=True)
+    return x
 
 
 class _AffineCoupling(torch.autograd.Function):
-    """y = A (exp(s) * x + t), s = bounded log-scale of the raw output minus the mean.
-
-    Rows of pixels: x, y (B,N,C), raw (B,N,2C), mean (1,N,1), (1,1,C) or (1,1,1); matrix A (C,C).
-    """
+    """y = A (scale * x + shift) in rows of pixels (B,N,C); A (C,C)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, raw: Tensor, mean: Tensor, matrix: Tensor) -> Tensor:
-        ctx.save_for_backward(x, raw, mean, matrix)
+    def forward(ctx, x: Tensor, scale: Tensor, shift: Tensor, matrix: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale, shift, matrix)
         y = torch.empty_like(x)
-        for into, x_part, raw_part, mean_part in _strips(y, x, raw, mean):
-            shift = raw_part[..., x.shape[-1] :]
-            scale = _bounded_log_scale(raw_part).sub_(mean_part).exp_()
-            into.copy_(scale.mul_(x_part).add_(shift) @ matrix.T)
+        for into, *given in _strips(y, x, scale, shift):
+            into.copy_(_affine_coupling(*given, matrix))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y: Tensor) -> Tensors:
-        x, raw, mean, matrix = ctx.saved_tensors
-        channels = x.shape[-1]
-        grad_x, grad_raw = torch.empty_like(x), torch.empty_like(raw)
-        grad_mean, grad_matrix = torch.zeros_like(mean), torch.zeros_like(matrix)
-        strips = _strips(x, raw, mean, grad_y, grad_x, grad_raw, grad_mean)
-        for x_part, raw_part, mean_part, grad, into_x, into_raw, into_mean in strips:
-            scale = _bounded_log_scale(raw_part).sub_(mean_part).exp_()
-            scaled = scale * x_part
-            mixed = (scaled + raw_part[..., channels:]).view(-1, channels)
-            grad_matrix.addmm_(grad.reshape(-1, channels).T, mixed)
-            grad_shift = grad @ matrix
-            into_raw[..., channels:] = grad_shift
-            into_x.copy_(scale.mul_(grad_shift))
-            grad_s = scaled.mul_(grad_shift)
-            into_mean -= _sum_to(grad_s, into_mean)
-            into_raw[..., :channels] = grad_s.mul_(_bounded_log_scale_slope(raw_part))
-        return grad_x, grad_raw, grad_mean, grad_matrix
+        x, scale, shift, matrix = ctx.saved_tensors
+        grads = torch.empty_like(x), torch.empty_like(scale), shift.new_empty(scale.shape)
+        grad_matrix = torch.zeros_like(matrix)
+        for grad, x_part, scale_part, shift_part, *into in _strips(grad_y, x, scale, shift, *grads):
+            into_x, into_scale, into_shift = into
+            mixed = (scale_part * x_part).add_(shift_part).view(-1, len(matrix))
+            grad = grad.reshape(-1, len(matrix))
+            grad_matrix.addmm_(grad.T, mixed)
+            grad = (grad @ matrix).view(x_part.shape)
+            torch.mul(grad, scale_part, out=into_x)
+            torch.mul(grad, x_part, out=into_scale)
+            into_shift.copy_(grad)
+        return *grads, grad_matrix
 
 
-def _affine_coupling(x: Tensor, raw: Tensor, mean: Tensor, matrix: Tensor) -> Tensor:
-    """y = A (exp(s) * x + t), operator by operator."""
-    s = _bounded_log_scale(raw) - mean
-    return (s.exp() * x + raw[..., x.shape[-1] :]) @ matrix.T
+def _scale_and_shift(raw: Tensor, mean: Tensor, dims: tuple[()]) -> Tensors:
+    """`_ScaleAndShift` with a given mean, operator by operator."""
+    scale = (_bounded_log_scale(raw) - mean).exp()
+    return scale, raw[..., scale.shape[-1] :], mean
 
 
-def _undo_affine_coupling(y: Tensor, raw: Tensor, mean: Tensor, inverse_matrix: Tensor) -> Tensor:
-    """x = (A^-1 y - t) exp(-s), likewise."""
-    s = _bounded_log_scale(raw) - mean
-    return (y @ inverse_matrix.T - raw[..., y.shape[-1] :]) * (-s).exp()
+def _affine_coupling(x: Tensor, scale: Tensor, shift: Tensor, matrix: Tensor) -> Tensor:
+    """y = A (scale * x + shift), likewise."""
+    return (scale * x + shift) @ matrix.T
 
 
-def _sum_to(x: Tensor, like: Tensor) -> Tensor:
-    """Sum of (B,n,C) over the dimensions in which `like` has one element."""
-    for dim in (2, 0, 1):  # over channels first: the fastest order for sums per pixel
-        if like.shape[dim] == 1 and x.shape[dim] > 1:
-            x = x.sum(dim, keepdim=True)
-    return x
+def _undo_affine_coupling(y: Tensor, scale: Tensor, shift: Tensor, inverse_matrix: Tensor) -> Tensor:
+    """x = (A^-1 y - shift) / scale, likewise."""
+    return (y @ inverse_matrix.T - shift) / scale
+
+
+class _EverySecondPixel(torch.autograd.Function):
+    """x[:, :, ::2, ::2], with gradients that keep the memory format."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return x[:, :, ::2, ::2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad_x = torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device).to(memory_format=MEMORY_FORMAT)
+        grad_x[:, :, ::2, ::2] = grad
+        return grad_x
 
 
 # --------------------------------------------------------------------- loss, template and map

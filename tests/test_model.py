@@ -275,19 +275,23 @@ def test_down_computes_only_what_is_read(volume_norm):
     model = small_model(num_level=2, num_stack=1, volume_norm=volume_norm).train()
     block = model.flow[0]
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    raw, mean = block.transform_parameters((x, None))
-    s = block.log_det(raw, mean)
-    if volume_norm == "none":
-        s = s - block.conv1x1.log_det() / 3
-    t = raw[..., 3:].view(2, 8, 8, 3).permute(0, 3, 1, 2)
+    scale, t = (
+        rows.reshape(2, 8, 8, 3).permute(0, 3, 1, 2) for rows in block.transform_parameters((x, None))
+    )
     hidden = F.leaky_relu(F.conv2d(x, block.affine.conv1.weight, padding=1), 0.01)
     s0, t0 = F.conv2d(hidden, block.affine.conv2.weight, padding=1).chunk(2, dim=1)
     s0 = 2 * 0.636 * torch.atan(s0 / 2)
     dims = {"CVN": (0, 1), "SVN": (0, 2, 3), "none": None}[volume_norm]
     if dims is not None:
         s0 = s0 - s0.mean(dims, keepdim=True)
-    torch.testing.assert_close(s, F.interpolate(s0, scale_factor=0.5, mode="nearest"))
-    torch.testing.assert_close(t, F.interpolate(t0, scale_factor=0.5, mode="nearest"))
+    s0, t0 = (F.interpolate(y, scale_factor=0.5, mode="nearest") for y in (s0, t0))
+    torch.testing.assert_close((scale.log(), t), (s0, t0))
+    cotangents = torch.randn_like(s0), torch.randn_like(t0)
+    weights = list(block.affine.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad((scale, t), weights, cotangents),
+        torch.autograd.grad((s0.exp(), t0), weights, cotangents),
+    )
 
 
 @pytest.mark.parametrize(("kind", "dims"), [("CVN", (0, 1)), ("SVN", (0, 2, 3)), ("none", ())])
@@ -324,8 +328,9 @@ def test_eval_subtracts_the_running_mean_and_leaves_it(kind):
     norm = model.flow[0].affine.norm
     norm.running_mean.uniform_(-1, 1)
     before = norm.running_mean.clone()
-    _, mean = model.flow[0].transform_parameters(model.pyramid.decompose(images(model)))
-    assert torch.equal(mean.flatten(), before.flatten())
+    raw = torch.randn(2, 6, *model.config.level_size(model.flow[0].computed_level), dtype=before.dtype)
+    s = 2 * 0.636 * torch.atan(raw[:, :3] / 2) - before
+    torch.testing.assert_close(norm(raw), (s.exp(), raw[:, 3:]))
     assert torch.equal(norm.running_mean, before)
 
 
