@@ -647,8 +647,10 @@ class _EverySecondPixel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
-        grad_x = torch.zeros(ctx.shape, dtype=grad.dtype, device=grad.device).to(memory_format=MEMORY_FORMAT)
-        grad_x[:, :, ::2, ::2] = grad
+        grad_x = torch.empty(
+            ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=MEMORY_FORMAT
+        )
+        grad_x.zero_()[:, :, ::2, ::2] = grad
         return grad_x
 
 
