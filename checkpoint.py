@@ -12,6 +12,7 @@ import torchvision
 from torch import Tensor
 
 from calibration import Calibration
+from convolution import MEMORY_FORMAT
 from hardware import apply_precision, choose_precision
 from model import PyramidFlow, PyramidFlowConfig, coupling_schedule, load_encoder_weights
 from util import InputError, atomic_path
@@ -65,7 +66,8 @@ class Trained:
         trained_in = settings.get("precision")
         precision = choose_precision(precision, device, config.channels, trained_in)
         model.to(device).compute_networks_in(apply_precision(precision)).eval()
-        return cls(path, name, model, tuple(x.to(device) for x in template), metrics, calibration)
+        template = tuple(x.to(device, memory_format=MEMORY_FORMAT) for x in template)
+        return cls(path, name, model, template, metrics, calibration)
 
     def content(self, metrics: dict) -> dict:
         """Of a checkpoint that `load` reads, of weights that were trained in float32."""

@@ -60,7 +60,7 @@ def same_conv2d(
         ]
         kinds = ("input",) * (x is not None) + ("upsampled",) * (upsampled is not None)
         flat = [y for pair in maps for y in pair]
-        return _SpectralConvolution.apply(kinds, stride, *flat).permute(0, 3, 1, 2)
+        return _SpectralConvolution.apply(kinds, stride, *flat)
     y = None
     if x is not None:
         y = F.conv2d(x, own, stride=stride, padding=own.shape[-1] // 2)
@@ -195,9 +195,9 @@ def to_spectrum(x: Tensor, by: Basis) -> Tensor:
     return spectrum.view(frequencies, batch * down * across, -1, 2 * channels)
 
 
-def from_spectrum(spectrum: Tensor, by: Basis, size: tuple[int, int, int, int]) -> Tensor:
-    """(F, tiles, T, 2C) -> (B,H,W,C) of the given size; the adjoint of `to_spectrum`."""
-    batch, height, width, channels = size
+def from_spectrum(spectrum: Tensor, by: Basis, out: Tensor) -> Tensor:
+    """(F, tiles, T, 2C) -> `out` (B,H,W,C), contiguous; the adjoint of `to_spectrum`."""
+    batch, height, width, channels = out.shape
     down, across = by.count(height), by.count(width)
     padded = (across - 1) * by.stride + by.length
     count = len(spectrum) * batch * down
@@ -210,12 +210,13 @@ def from_spectrum(spectrum: Tensor, by: Basis, size: tuple[int, int, int, int]) 
         rows[:, :, j * by.stride : j * by.stride + by.length] += windows[:, :, j]
     rows = rows.reshape(len(by.half), batch, down, padded * channels)
     inside = slice(-by.start * channels, (width - by.start) * channels)
-    x = spectrum.new_empty(size) if apart else spectrum.new_zeros(size)
+    if not apart:
+        out.zero_()
     for b in range(batch):
         for j, samples, places in by.tiles(height):
-            strip = x[b, samples].view(-1, width * channels)
+            strip = out[b, samples].view(-1, width * channels)
             torch.addmm(strip, by.half[:, places].T, rows[:, b, j, inside], beta=1 - apart, out=strip)
-    return x
+    return out
 
 
 def mixing_of(kernel: Tensor) -> Tensor:
@@ -237,12 +238,12 @@ def kernel_gradient(mixing_gradient: Tensor, kernel_shape: tuple[int, int, int, 
     real = top[..., :o] + bottom[..., o:]
     imaginary = bottom[..., :o] - top[..., o:]
     spectrum = torch.stack([real, imaginary], dim=2)[:, None]
-    taps = from_spectrum(spectrum, basis("kernel", k, spectrum.dtype), (1, k, k, i * o))
-    return taps.view(kernel_shape)
+    taps = spectrum.new_empty(1, k, k, i * o)
+    return from_spectrum(spectrum, basis("kernel", k, spectrum.dtype), taps).view(kernel_shape)
 
 
 class _SpectralConvolution(torch.autograd.Function):
-    """Sum of the convolutions of maps (B,H,W,I), each with its kernel (k,k,I,O) -> (B,H,W,O)."""
+    """Sum of the convolutions of maps (B,H,W,I), each with its kernel (k,k,I,O) -> (B,O,H,W)."""
 
     @staticmethod
     def forward(ctx, kinds: tuple[str, ...], stride: int, *maps_and_kernels: Tensor) -> Tensor:
@@ -259,8 +260,12 @@ class _SpectralConvolution(torch.autograd.Function):
         ctx.out_kind = "output" if stride == 1 else "every second output"
         batch, height, width, _ = maps[0].shape
         scale = 2 if kinds[0] == "upsampled" else 1
-        size = (batch, height * scale // stride, width * scale // stride, kernels[0].shape[-1])
-        return from_spectrum(mixed, basis(ctx.out_kind, k, dtype), size)
+        height, width = height * scale // stride, width * scale // stride
+        # No view: autograd would copy the gradient of one that is changed in place, into another layout.
+        size = (batch, kernels[0].shape[-1], height, width)
+        y = torch.empty(size, dtype=dtype, device=mixed.device, memory_format=MEMORY_FORMAT)
+        from_spectrum(mixed, basis(ctx.out_kind, k, dtype), y.permute(0, 2, 3, 1))
+        return y
 
     @staticmethod
     @once_differentiable
@@ -268,13 +273,15 @@ class _SpectralConvolution(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
         spectra, mixings = saved[: len(ctx.kinds)], saved[len(ctx.kinds) :]
         k = ctx.shapes[1][0]
-        grad = to_spectrum(grad.contiguous(), basis(ctx.out_kind, k, grad.dtype))
+        grad = grad.permute(0, 2, 3, 1).contiguous()
+        grad = to_spectrum(grad, basis(ctx.out_kind, k, grad.dtype))
         grads = []
         for n, (kind, spectrum, mixing) in enumerate(zip(ctx.kinds, spectra, mixings, strict=True)):
             map_grad = kernel_grad = None
             if ctx.needs_input_grad[2 + 2 * n]:
                 by_channels = _by_channels(grad, mixing.mT)
-                map_grad = from_spectrum(by_channels, basis(kind, k, grad.dtype), ctx.shapes[2 * n])
+                map_grad = grad.new_empty(ctx.shapes[2 * n])
+                from_spectrum(by_channels, basis(kind, k, grad.dtype), map_grad)
             if ctx.needs_input_grad[3 + 2 * n]:
                 by_tiles = torch.empty_like(mixing)
                 for x, y, out in zip(spectrum, grad, by_tiles, strict=True):

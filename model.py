@@ -695,8 +695,10 @@ def pair_loss(
     batch = latents[0].shape[0]
     if batch < 2:
         raise ValueError("the loss compares pairs of images: the batch needs at least 2")
-    pairs = list(itertools.combinations(range(batch), 2))
-    first, second = (tuple(_images(z, [pair[k] for pair in pairs]) for z in latents) for k in (0, 1))
+    # Split once: unlike those of indexing, its gradients keep the memory format.
+    singles = [z.split(1) for z in latents]
+    pairs = list(zip(*itertools.combinations(range(batch), 2), strict=True))
+    first, second = (tuple(_joined([z[i] for i in numbers]) for z in singles) for numbers in pairs)
     return _magnitude(compare(pyramid, first, second, torch.square, contrast), kind)
 
 
@@ -712,10 +714,8 @@ def _magnitude(maps: Tensor, kind: str) -> Tensor:
     return torch.fft.fft2(maps).abs().mean() if kind == "fourier" else maps.mean()
 
 
-def _images(z: Tensor, numbers: list[int]) -> Tensor:
-    """Some images of a batch; unlike indexing, with gradients that keep the memory format."""
-    singles = z.split(1)
-    return singles[numbers[0]] if len(numbers) == 1 else torch.cat([singles[i] for i in numbers])
+def _joined(maps: list[Tensor]) -> Tensor:
+    return maps[0] if len(maps) == 1 else torch.cat(maps)
 
 
 def likelihood_loss(latents: Tensors, logdets: Tensors) -> Tensor:
@@ -742,7 +742,11 @@ def compare(
     """
     if contrast == "composed":
         latents, others = (pyramid.compose(latents),), (pyramid.compose(others),)
-    levels = (distance(a - b).mean(1, keepdim=True) for a, b in zip(latents, others, strict=True))
+    channels = latents[0].shape[1]
+    # Not mean(), whose gradient is laid out otherwise.
+    levels = (
+        distance(a - b).sum(1, keepdim=True) / channels for a, b in zip(latents, others, strict=True)
+    )
     return pyramid.compose(tuple(levels))[:, 0]
 
 
@@ -767,7 +771,7 @@ def latent_template(
     sums, count = None, 0
     for batch in features:
         latents, _ = model.latents(batch)
-        batch_sums = [z.sum(0, keepdim=True, dtype=torch.float64) for z in latents]
+        batch_sums = [_sum_of_images(z) for z in latents]
         sums = batch_sums if sums is None else [a + b for a, b in zip(sums, batch_sums, strict=True)]
         count += len(batch)
     if sums is None:
@@ -775,6 +779,11 @@ def latent_template(
     if total is not None:
         sums, count = total(sums, count)
     return tuple((x / count).float() for x in sums)
+
+
+def _sum_of_images(z: Tensor) -> Tensor:
+    """(B,C,H,W) -> (1,C,H,W) in float64; unlike z.sum(0), in the same memory format."""
+    return _as_map(_pixel_rows(z).sum(0, keepdim=True, dtype=torch.float64), (1, *z.shape[1:]))
 
 
 @torch.no_grad()

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import convolution
 import model as model_module
 from autoFlow import SequentialNet
 from model import (
@@ -230,6 +233,43 @@ def test_memory_saving_gives_the_same_gradients():
         (pair_loss(model.pyramid, latents) + sum(d.square().sum() for d in logdets)).backward()
         grads.append([p.grad for p in model.flow.parameters()])
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
+
+
+class OtherLayouts(TorchDispatchMode):
+    """Collects what gives a map (B,C,H,W) or (B,2C,H,W) of some level another layout than channels_last."""
+
+    def __init__(self, config):
+        super().__init__()
+        sizes = [config.level_size(i) for i in range(config.num_level)]
+        self.shapes = [(n * config.channels, *size) for size in sizes for n in (1, 2)]
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            is_map = isinstance(x, torch.Tensor) and x.dim() == 4 and x.shape[1:] in self.shapes
+            if is_map and x.stride(1) > 1:  # 0: one channel that stands for all
+                self.found.append(f"{function} {tuple(x.shape)}")
+        return result
+
+
+@pytest.mark.parametrize("save_memory", [True, False])
+@pytest.mark.parametrize("volume_norm", ["CVN", "SVN", "none"])
+@pytest.mark.parametrize("way", ["direct", "frequency domain", "bfloat16"])
+def test_one_memory_format_from_the_images_to_the_anomaly_maps(
+    way, volume_norm, save_memory, monkeypatch
+):
+    """Also of all gradients: a copy into another layout, or work on one, takes longer than the work itself."""
+    monkeypatch.setattr(convolution, "pays_in_frequency_domain", lambda *_: way == "frequency domain")
+    model = small_model(
+        num_level=4, num_stack=1, volume_norm=volume_norm, image_size=(64, 64), save_memory=save_memory
+    ).float()
+    model.compute_networks_in(torch.bfloat16 if way == "bfloat16" else None)
+    x = images(model).float()
+    with OtherLayouts(model.config) as other:
+        training_loss(model, model.encode(x)).backward()
+        anomaly_map(model, model.encode(x), latent_template(model, [model.encode(x)]))
+    assert not other.found
 
 
 def test_an_untrained_block_is_its_1x1_convolution():
