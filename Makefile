@@ -1,6 +1,8 @@
 # Each target is sufficient on its own: it makes .venv, installs what it needs, and works.
 PYTHON ?= python3
 BIN := .venv/bin
+# Threads that wait for each other soon make room for other programs (README, "When something goes wrong").
+export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: demo test clean
 

@@ -104,6 +104,10 @@ class Inference:
         config = DEFAULT_MODELS[name]
         self._precision = precision
         self._model = PyramidFlow(config).to(device).eval()
+        for (
+            block
+        ) in self._model.flow:  # which are zero, and atan() of zeros is slower than of a trained model's
+            block.affine.conv2.reset_parameters()
         self.num_images = evaluation_batch(config, device)
         self._images = torch.randn(self.num_images, 3, *config.image_size, device=device)
         sizes = [config.level_size(i) for i in range(config.num_level)]

@@ -178,6 +178,7 @@ def _submitter(machines: Machines, folder: Path, threads: int):
         job.folder.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ)
         environment["OMP_NUM_THREADS"] = str(threads)
+        environment.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads make room for the other jobs
         environment["CUDA_VISIBLE_DEVICES"] = gpu or ""
         try:
             handle = executor.submit(_Training(job, None if on_slurm else environment))
