@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset import MASK_SIZE, AnomalyClass
+from hardware import free_memory
 from loading import FeatureSource, ImageStore, evaluation_plan, load_masks
 from metrics import METRIC_NAMES, GroundTruth
 from model import PyramidFlow, PyramidFlowConfig, anomaly_map
@@ -18,6 +19,7 @@ from util import InputError, progress
 
 CPU_BATCH_ELEMENTS = 2**24  # of features: what computes a kernel's spectrum once for several images
 CUDA_BATCH_ELEMENTS = 2**26
+CUDA_BYTES = 64  # of memory, generously, per element of a feature: stem, hidden maps, latents
 
 
 class DivergedError(InputError):
@@ -32,9 +34,11 @@ class DivergedError(InputError):
 
 
 def evaluation_batch(config: PyramidFlowConfig, device: torch.device) -> int:
-    """Images that are scored together."""
+    """Images that are scored together; on CUDA no more than half of the free memory holds."""
     height, width = config.level_size(0)
-    elements = CUDA_BATCH_ELEMENTS if device.type == "cuda" else CPU_BATCH_ELEMENTS
+    elements = CPU_BATCH_ELEMENTS
+    if device.type == "cuda":
+        elements = min(CUDA_BATCH_ELEMENTS, free_memory(device) // 2 // CUDA_BYTES)
     return max(1, elements // (height * width * config.channels))
 
 

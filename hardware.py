@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import time
@@ -48,7 +49,7 @@ def describe_environment(device: torch.device) -> list[str]:
         (line.split(":")[1].strip() for line in _read_lines("/proc/cpuinfo") if "model name" in line),
         platform.processor() or platform.machine(),
     )
-    features = ", ".join(_cpu_features()) or "neither AVX-512 nor AMX"
+    features = ", ".join(cpu_features()) or "neither AVX-512 nor AMX"
     lines = [
         f"python {platform.python_version()}, torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}, numpy {np.__version__}",
@@ -62,7 +63,9 @@ def describe_environment(device: torch.device) -> list[str]:
     return lines
 
 
-def _cpu_features() -> list[str]:
+@functools.cache
+def cpu_features() -> list[str]:
+    """Of AVX-512, AVX-512 BF16 and AMX, what this CPU has; on Linux."""
     flags = next((line.split() for line in _read_lines("/proc/cpuinfo") if line.startswith("flags")), [])
     names = {"avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX"}
     return [name for flag, name in names.items() if flag in flags]
@@ -122,15 +125,15 @@ def choose_precision(
     """
     on_cuda = device.type == "cuda"
     ampere = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
-    if asked == "tf32" and not ampere:
-        raise InputError("--precision tf32 needs an NVIDIA GPU from Ampere on; use fp32, or auto")
+    if not ampere and (asked == "tf32" or (asked == "bf16" and on_cuda)):
+        raise InputError(f"--precision {asked} needs an NVIDIA GPU from Ampere on; use fp32, or auto")
     if asked != "auto":
         return asked
     if trained_in == "fp32" or (trained_in == "tf32" and ampere):
         return trained_in
     if on_cuda:
         return "bf16" if ampere else "fp32"
-    features = _cpu_features()
+    features = cpu_features()
     few = "AVX-512 BF16" in features and channels < MANY_CHANNELS
     return "bf16" if "AMX" in features or few else "fp32"
 

@@ -80,7 +80,7 @@ class ImageStore:
         """uint8 (B,h,w,3) on the device for each (B,); read ahead where reading takes time."""
         if self.images is not None and self.images.device == self.device:
             return map(self._read, indices)
-        return look_ahead(lambda batch: self._to_device(self._read(batch)), indices)
+        return look_ahead(lambda batch: self._to_device(self._read(batch)), indices, 4, num_workers=4)
 
     def _read(self, indices: Tensor) -> Tensor:
         if self.images is not None:
@@ -278,7 +278,10 @@ class FeatureSource:
     ):  # fmt: skip
         self.store, self._encode, self._constant = store, encode, constant
         if memory is None:
-            memory = int(FEATURE_SHARE * free_memory(store.device) / store.world.size)
+            sharing = (
+                store.world.size if store.device.type == "cpu" else 1
+            )  # a GPU belongs to one process
+            memory = int(FEATURE_SHARE * free_memory(store.device) / sharing)
         self._memory = memory
         self._kept: dict[tuple[int, int], Tensor] = {}
 

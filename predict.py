@@ -230,7 +230,8 @@ def predict(
             table.writerows(rows)
             file.flush()
             defective += sum(row[2] == "defective" for row in rows)
-            writer.write_all(batch)
+            writer.start(batch)
+        writer.wait()
     count = len(items) - len(unreadable)
     rate = count / (time.perf_counter() - start)
     print(
@@ -268,7 +269,7 @@ class Writer:
 
     def __init__(self, out: Path, thresholds: Thresholds, scorer: TorchScorer | OnnxModel):
         self._out, self._thresholds = out, thresholds
-        self._pool = ThreadPoolExecutor()
+        self._pool, self._writing = ThreadPoolExecutor(), []
         calibration = scorer.calibration
         self._scale = (
             calibration.colour_scale() if calibration else (0.0, 2 * abs(thresholds.pixel) + 1e-12)
@@ -280,8 +281,15 @@ class Writer:
         decision = "defective" if score >= threshold else "good"
         return [image.item.path, f"{score:.6g}", decision, f"{threshold:.6g}"]
 
-    def write_all(self, batch: list[tuple[Loaded, np.ndarray]]) -> None:
-        list(self._pool.map(self.write, *zip(*batch, strict=True)))
+    def start(self, batch: list[tuple[Loaded, np.ndarray]]) -> None:
+        """Write in the background, after the batch before: the next one can be scored meanwhile."""
+        self.wait()
+        self._writing = [self._pool.submit(self.write, *pair) for pair in batch]
+
+    def wait(self) -> None:
+        """Until all is written; raises what writing raised."""
+        for one in self._writing:
+            one.result()
 
     def write(self, image: Loaded, anomaly: np.ndarray) -> None:
         """The map at the image's size: as numbers, as colours over the image, and cut at the threshold."""

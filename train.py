@@ -55,6 +55,7 @@ from util import (
 ADAM = {"lr": 2e-4, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 1e-5}
 MAX_GRADIENT_NORM = 1.0
 STEPS_BETWEEN_CHECKS = 50  # of the loss on CUDA, where looking at it makes the host wait
+STEPS_TOGETHER = 10  # likewise of several processes: torchrun kills those that do not stop in 30 s
 SECONDS_BETWEEN_SAVES = 600.0  # of an unfinished epoch
 
 
@@ -263,7 +264,7 @@ class Training:
         """
         if self.device.type == "cpu" or (self.world.size == 1 and stop_asked):
             return True
-        return number % STEPS_BETWEEN_CHECKS == 0
+        return number % (STEPS_TOGETHER if self.world.size > 1 else STEPS_BETWEEN_CHECKS) == 0
 
     def check_finite(self, problem: str | None) -> None:
         """Raises DivergedError in all processes if one of them has a problem."""

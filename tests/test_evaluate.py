@@ -8,7 +8,10 @@ import torch
 from conftest import make_class
 
 import evaluate
+import evaluation
 from checkpoint import load_checkpoint, save_checkpoint
+from evaluation import evaluation_batch
+from model import PyramidFlowConfig
 
 METRICS = [
     "pixel_auroc",
@@ -125,3 +128,10 @@ def test_a_checkpoint_that_does_not_fit_together_is_one_line(
     assert (code, err.count("\n")) == (2, 1), err
     assert message in err
     assert "a.pt" in err
+
+
+def test_on_cuda_free_memory_limits_the_batch_of_an_evaluation(monkeypatch):
+    config = PyramidFlowConfig()  # a feature of 256x256x64
+    for free, expected in ((2**40, 16), (2**31, 4), (2**20, 1)):
+        monkeypatch.setattr(evaluation, "free_memory", lambda device, free=free: free)
+        assert evaluation_batch(config, torch.device("cuda")) == expected

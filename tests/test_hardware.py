@@ -21,7 +21,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     ],
 )
 def test_auto_on_cpus(monkeypatch, features, channels, expected):
-    monkeypatch.setattr(hardware, "_cpu_features", lambda: features)
+    monkeypatch.setattr(hardware, "cpu_features", lambda: features)
     assert choose_precision("auto", CPU, channels) == expected
     for asked in ("fp32", "bf16"):
         assert choose_precision(asked, CPU, channels) == asked
@@ -35,11 +35,12 @@ def test_auto_on_cpus(monkeypatch, features, channels, expected):
 def test_auto_on_gpus(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_precision("auto", CUDA, 64) == expected
-    if capability < (8, 0):
-        with pytest.raises(InputError, match="Ampere"):
-            choose_precision("tf32", CUDA, 64)
-    else:
-        assert choose_precision("tf32", CUDA, 64) == "tf32"
+    for asked in ("tf32", "bf16"):
+        if capability < (8, 0):
+            with pytest.raises(InputError, match=f"{asked} needs .* Ampere"):
+                choose_precision(asked, CUDA, 64)
+        else:
+            assert choose_precision(asked, CUDA, 64) == asked
 
 
 def test_fp32_and_tf32_differ_by_cudnns_switch():
