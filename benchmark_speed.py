@@ -305,7 +305,8 @@ def benchmark_precision(arguments: argparse.Namespace, device: torch.device) -> 
         f"{_distance(other[1], exact[1]):.1e}.",
         f"`auto` on this machine: {choose_precision('auto', device, config.channels)}.",
     ]
-    report(arguments.out, "precision", device, "\n".join(lines))
+    name = "fnf" if config.encoder == "none" else config.encoder
+    report(arguments.out, f"precision-{name}", device, "\n".join(lines))
 
 
 def _distance(x: Tensor, reference: Tensor) -> float:

@@ -140,7 +140,7 @@ def test_precisions_on_a_trained_state(tmp_path, run_main, trained):
          "--out", tmp_path],
     )  # fmt: skip
     assert code == 0, err
-    fp32, bf16 = cells((tmp_path / "precision-cpu.md").read_text())[1:]
+    fp32, bf16 = cells((tmp_path / "precision-fnf-cpu.md").read_text())[1:]
     assert float(fp32[2]) < 1e-4 < float(bf16[2]) < 0.1
 
 
