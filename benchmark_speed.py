@@ -303,7 +303,7 @@ def benchmark_precision(arguments: argparse.Namespace, device: torch.device) -> 
         "",
         f"For comparison, the gradient of {len(others)} other batches, in float64, differs by "
         f"{_distance(other[1], exact[1]):.1e}.",
-        f"`auto` on this machine: {choose_precision('auto', device, config.channels)}.",
+        f"`auto` on this machine: {choose_precision('auto', device)}.",
     ]
     name = "fnf" if config.encoder == "none" else config.encoder
     report(arguments.out, f"precision-{name}", device, "\n".join(lines))

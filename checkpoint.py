@@ -64,7 +64,7 @@ class Trained:
                 f"{path} is damaged ({reason}); use another checkpoint, or train again"
             ) from None
         trained_in = settings.get("precision")
-        precision = choose_precision(precision, device, config.channels, trained_in)
+        precision = choose_precision(precision, device, trained_in)
         model.to(device).compute_networks_in(apply_precision(precision)).eval()
         template = tuple(x.to(device, memory_format=MEMORY_FORMAT) for x in template)
         return cls(path, name, model, template, metrics, calibration)

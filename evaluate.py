@@ -120,7 +120,7 @@ def read_official_weights(arguments: argparse.Namespace, device: torch.device) -
     size = arguments.imageSize
     size = (size[0], size[-1]) if size else None
     model = load_official(arguments.official, arguments.officialChoice, size)
-    precision = choose_precision(arguments.precision, device, model.config.channels, trained_in="fp32")
+    precision = choose_precision(arguments.precision, device, trained_in="fp32")
     model.to(device).compute_networks_in(apply_precision(precision)).eval()
     config = model.config
     data = open_class(arguments.datapath, arguments.cls, arguments.dataset)

@@ -18,7 +18,6 @@ import torchvision
 from util import InputError
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
-MANY_CHANNELS = 48  # between FNF's 16, where bf16 is faster on such a CPU, and the ResNets' 64; measured
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's mallopt
 
 
@@ -107,17 +106,13 @@ class Clock:
 # ---------------------------------------------------------------------------------- precision
 
 
-def choose_precision(
-    asked: str, device: torch.device, channels: int, trained_in: str | None = None
-) -> str:
+def choose_precision(asked: str, device: torch.device, trained_in: str | None = None) -> str:
     """`--precision`, with auto settled: "fp32", "tf32" or "bf16".
 
     auto is the fastest that leaves the metrics where fp32 has them (README, "Precision"): bf16 where the
-    device multiplies bfloat16 matrices, else fp32.  A CPU without AMX multiplies them at twice the speed of
-    float32 only, and for many channels convolutions in the frequency domain are faster than that.
+    device has instructions that multiply bfloat16, else fp32.
 
     Args:
-        channels: of the flow.
         trained_in: the precision of a trained model; auto keeps fp32, and tf32 where the device has it.
 
     Raises:
@@ -133,9 +128,7 @@ def choose_precision(
         return trained_in
     if on_cuda:
         return "bf16" if ampere else "fp32"
-    features = cpu_features()
-    few = "AVX-512 BF16" in features and channels < MANY_CHANNELS
-    return "bf16" if "AMX" in features or few else "fp32"
+    return "bf16" if {"AVX-512 BF16", "AMX"} & set(cpu_features()) else "fp32"
 
 
 def apply_precision(precision: str) -> torch.dtype | None:

@@ -192,7 +192,7 @@ class Training:
             InputError: something is missing, or does not fit together.
         """
         config = model_config(settings)
-        precision = choose_precision(settings.precision, device, config.channels)
+        precision = choose_precision(settings.precision, device)
         settings = replace(settings, precision=precision)
         data = check_class(settings, world)
         if settings.resume is None:

@@ -11,22 +11,21 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("features", "channels", "expected"),
+    ("features", "expected"),
     [
-        ([], 16, "fp32"),
-        (["AVX-512"], 16, "fp32"),
-        (["AVX-512", "AVX-512 BF16"], 16, "bf16"),
-        (["AVX-512", "AVX-512 BF16"], 64, "fp32"),
-        (["AVX-512", "AVX-512 BF16", "AMX"], 64, "bf16"),
+        ([], "fp32"),
+        (["AVX-512"], "fp32"),
+        (["AVX-512", "AVX-512 BF16"], "bf16"),
+        (["AVX-512", "AVX-512 BF16", "AMX"], "bf16"),
     ],
 )
-def test_auto_on_cpus(monkeypatch, features, channels, expected):
+def test_auto_on_cpus(monkeypatch, features, expected):
     monkeypatch.setattr(hardware, "cpu_features", lambda: features)
-    assert choose_precision("auto", CPU, channels) == expected
+    assert choose_precision("auto", CPU) == expected
     for asked in ("fp32", "bf16"):
-        assert choose_precision(asked, CPU, channels) == asked
+        assert choose_precision(asked, CPU) == asked
     with pytest.raises(InputError, match="needs an NVIDIA GPU from Ampere on"):
-        choose_precision("tf32", CPU, channels)
+        choose_precision("tf32", CPU)
 
 
 @pytest.mark.parametrize(
@@ -34,13 +33,13 @@ def test_auto_on_cpus(monkeypatch, features, channels, expected):
 )
 def test_auto_on_gpus(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert choose_precision("auto", CUDA, 64) == expected
+    assert choose_precision("auto", CUDA) == expected
     for asked in ("tf32", "bf16"):
         if capability < (8, 0):
             with pytest.raises(InputError, match=f"{asked} needs .* Ampere"):
-                choose_precision(asked, CUDA, 64)
+                choose_precision(asked, CUDA)
         else:
-            assert choose_precision(asked, CUDA, 64) == asked
+            assert choose_precision(asked, CUDA) == asked
 
 
 def test_fp32_and_tf32_differ_by_cudnns_switch():
