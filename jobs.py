@@ -204,19 +204,20 @@ class _Training:
         self.job, self.environment = job, environment
 
     def __call__(self) -> int:
-        with open(self.job.log, "a", encoding="utf-8") as file:
-            # In a session of its own, so that Ctrl-C reaches it once: from here, as a request to stop.
-            process = subprocess.Popen(
-                self.job.command(), stdout=file, stderr=subprocess.STDOUT, env=self.environment,
-                start_new_session=True,
-            )  # fmt: skip
+        process = None
         try:
             if self.environment is not None:  # Slurm's signals are submitit's
-                for number in (signal.SIGINT, signal.SIGTERM):
+                for number in (signal.SIGINT, signal.SIGTERM):  # before there is anything to stop
                     signal.signal(number, _stop)
+            with open(self.job.log, "a", encoding="utf-8") as file:
+                # In a session of its own, so that Ctrl-C reaches it once: from here, as a request to stop.
+                process = subprocess.Popen(
+                    self.job.command(), stdout=file, stderr=subprocess.STDOUT, env=self.environment,
+                    start_new_session=True,
+                )  # fmt: skip
             return process.wait()
         finally:
-            if process.poll() is None:
+            if process is not None and process.poll() is None:
                 process.terminate()
                 process.wait()
 
