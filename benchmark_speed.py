@@ -104,9 +104,7 @@ class Inference:
         config = DEFAULT_MODELS[name]
         self._precision = precision
         self._model = PyramidFlow(config).to(device).eval()
-        for (
-            block
-        ) in self._model.flow:  # which are zero, and atan() of zeros is slower than of a trained model's
+        for block in self._model.flow:  # zero at first, and atan() of zeros is slower than of others
             block.affine.conv2.reset_parameters()
         self.num_images = evaluation_batch(config, device)
         self._images = torch.randn(self.num_images, 3, *config.image_size, device=device)

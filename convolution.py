@@ -84,11 +84,8 @@ def pays_in_frequency_domain(
     """
     if weight.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    if (
-        weight.dtype == torch.bfloat16 and "AMX" in cpu_features()
-    ):  # which speeds up the direct way alone
-        return False
-    worth = {torch.float32: 1, torch.bfloat16: 1.5}.get(weight.dtype, math.inf)
+    bfloat16 = math.inf if "AMX" in cpu_features() else 1.5  # AMX speeds up the direct way alone
+    worth = {torch.float32: 1, torch.bfloat16: bfloat16}.get(weight.dtype, math.inf)
     outputs = x[:, :1].numel() if x is not None else 4 * upsampled[:, :1].numel()
     o, i, k, _ = weight.shape
     i_upsampled = 0 if upsampled is None else upsampled.shape[1]

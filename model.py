@@ -551,18 +551,15 @@ class _ScaleAndShift(torch.autograd.Function):
     def forward(ctx, raw: Tensor, mean: Tensor | None, dims: tuple[int, ...]) -> Tensors:
         channels = raw.shape[-1] // 2
         scale = raw.new_empty((*raw.shape[:2], channels), dtype=_state_dtype(raw))
-        if dims:
-            mean = scale.new_zeros([1 if d in dims else n for d, n in enumerate(scale.shape)])
-        share = mean.numel() / scale.numel()
-        for into, part, mean_part in _strips(scale, raw, mean):
+        for into, part in _strips(scale, raw):
             _bounded_log_scale(part, out=into)
-            if dims:
-                mean_part.add_(_sum_over(dims, into), alpha=share)
+        if mean is None:
+            mean = _mean_over(dims, scale)
         for into, mean_part in _strips(scale, mean):
             into.sub_(mean_part).exp_()
         ctx.save_for_backward(raw, scale)
         ctx.mark_non_differentiable(mean)
-        ctx.dims, ctx.share = dims, share
+        ctx.dims = dims
         return scale, raw[..., channels:], mean
 
     @staticmethod
@@ -570,25 +567,20 @@ class _ScaleAndShift(torch.autograd.Function):
     def backward(ctx, grad_scale: Tensor, grad_shift: Tensor, _) -> tuple[Tensor | None, ...]:
         raw, scale = ctx.saved_tensors
         channels = scale.shape[-1]
-        grad_raw, grad_s = torch.empty_like(raw), torch.empty_like(scale)
-        mean = grad_s.new_zeros([1 if d in ctx.dims else n for d, n in enumerate(scale.shape)])
-        for into, grad, part, mean_part in _strips(grad_s, grad_scale, scale, mean):
-            torch.mul(grad, part, out=into)
-            if ctx.dims:
-                mean_part.add_(_sum_over(ctx.dims, into), alpha=ctx.share)
-        for into, grad, part, shift, mean_part in _strips(grad_raw, grad_s, raw, grad_shift, mean):
-            if ctx.dims:
-                grad.sub_(mean_part)
-            torch.mul(grad, _bounded_log_scale_slope(part), out=grad)
-            into[..., :channels] = grad
+        grad_raw, grad_s = torch.empty_like(raw), grad_scale * scale
+        if ctx.dims:
+            grad_s -= _mean_over(ctx.dims, grad_s)
+        for into, grad, part, shift in _strips(grad_raw, grad_s, raw, grad_shift):
+            into[..., :channels] = grad.mul_(_bounded_log_scale_slope(part))
             into[..., channels:] = shift
         return grad_raw, None, None
 
 
-def _sum_over(dims: tuple[int, ...], x: Tensor) -> Tensor:
+def _mean_over(dims: tuple[int, ...], x: Tensor) -> Tensor:
+    total = x
     for dim in dims:  # one by one is faster
-        x = x.sum(dim, keepdim=True)
-    return x
+        total = total.sum(dim, keepdim=True)
+    return total.mul_(total.numel() / x.numel())
 
 
 class _AffineCoupling(torch.autograd.Function):

@@ -74,6 +74,15 @@ def test_inside_torch_checkpoint():
     torch.testing.assert_close(torch.autograd.grad(recomputed.square().sum(), (x, weight)), plain)
 
 
+def test_float32_is_as_accurate_as_the_direct_convolution():
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 64, 128, 128), torch.randn(64, 64, 7, 7)
+    assert pays_in_frequency_domain(weight, x, None, 1)
+    exact = F.conv2d(x.double(), weight.double(), padding=3)
+    error = (same_conv2d(weight, x) - exact).abs().max() / exact.abs().max()
+    assert error < 3e-6
+
+
 @pytest.mark.parametrize(("dtype", "times_worse"), [(torch.float32, 1), (torch.bfloat16, 3)])
 def test_accuracy_beside_that_of_the_direct_convolution(dtype, times_worse, monkeypatch):
     torch.manual_seed(0)
