@@ -50,6 +50,8 @@ class Trained:
             InputError: it is missing, damaged, of another version, or holds what does not fit together.
         """
         content = load_checkpoint(path)
+        if "optimizer" in content:
+            raise InputError(f"{path} is what --resume needs; name last.pt beside it")
         try:
             config = read_config(content["config"])
             model = read_model(config, content["model"])
@@ -187,6 +189,8 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> object:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; name a file that does") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; name a file in it, of a run last.pt") from None
     except Exception:  # torch.load raises nearly anything on damaged files
         problem = (
             "cannot be read as tensors and plain values; it is damaged or not a .pt file, name another"

@@ -150,9 +150,9 @@ class OnnxModel:
             self.image_size = tuple(int(n) for n in about["image_size"])
             given = about["calibration"]
             self.calibration = None if given is None else Calibration.from_dict(given)
-        except Exception as error:  # onnxruntime has exceptions of its own for damaged files
-            reason = str(error).splitlines()[0][:80]
-            raise InputError(f"{path} is not a model that export.py wrote ({reason})") from None
+        except Exception:  # onnxruntime has exceptions of its own for damaged files
+            problem = "is not a model that export.py wrote, or it is damaged; export it again"
+            raise InputError(f"{path} {problem}") from None
 
     def score(self, images: Tensor) -> np.ndarray:
         """Anomaly maps, float32 (B,256,256), of images uint8 (B,h,w,3)."""

@@ -6,6 +6,7 @@ stopped; the others go on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -181,13 +182,26 @@ def _submitter(machines: Machines, folder: Path, threads: int):
         environment.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads make room for the other jobs
         environment["CUDA_VISIBLE_DEVICES"] = gpu or ""
         try:
-            handle = executor.submit(_Training(job, None if on_slurm else environment))
+            with _sigint_reaches_children():
+                handle = executor.submit(_Training(job, None if on_slurm else environment))
         except submitit.core.utils.FailedJobError as error:
             raise InputError(f"--slurm: {str(error).splitlines()[0]}") from None
         job.attempts += 1
         return handle
 
     return submit
+
+
+@contextlib.contextmanager
+def _sigint_reaches_children():
+    """Where SIGINT is ignored (`nohup ... &`), so would be what stops a job: children inherit that."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def slurm_parameters(options: dict[str, str]) -> dict[str, object]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from dataset import MASK_SIZE, AnomalyClass, TestImage
@@ -199,6 +199,8 @@ def _open(path: Path, decode: bool = True) -> Image.Image:
             if decode:
                 image.load()
             return image
+    except UnidentifiedImageError:
+        raise InputError(f"cannot read image {path} (empty, or no image); repair or remove it") from None
     except Exception as error:  # PIL's decoders raise nearly anything on damaged files
         reason = str(error).replace(str(path), "").strip() or type(error).__name__
         raise InputError(f"cannot read image {path} ({reason}); repair or remove it") from None

@@ -236,7 +236,9 @@ def load_state(folder: Path) -> dict:
             f"--resume {folder}: no {STATE_FILE} in it; name a run's folder, or start again"
         )
     if (folder / RESULT_FILE).is_file():
-        raise InputError(f"--resume {folder}: this run is finished; its result is there")
+        raise InputError(
+            f"--resume {folder}: this run is finished; train.py without --resume starts another"
+        )
     content = load_checkpoint(folder / STATE_FILE)
     try:
         same = (

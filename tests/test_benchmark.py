@@ -68,11 +68,11 @@ def test_nothing_is_measured_zero_times(tmp_path, run_main, flag):
     assert not (tmp_path / "out").exists()
 
 
-TINY = {
+TINY = {  # two stacks: memory saving has nothing to save in one
     "fnf": PyramidFlowConfig(
-        encoder="none", num_level=4, num_stack=1, num_channel=4, image_size=(32, 32)
+        encoder="none", num_level=4, num_stack=2, num_channel=4, image_size=(32, 32)
     ),
-    "res18": PyramidFlowConfig(encoder="resnet18", num_level=2, num_stack=1, image_size=(64, 64)),
+    "res18": PyramidFlowConfig(encoder="resnet18", num_level=2, num_stack=2, image_size=(64, 64)),
 }
 
 

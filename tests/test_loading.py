@@ -74,7 +74,7 @@ def test_a_damaged_image_is_named(widget, damage):
     path.write_bytes(
         {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"not an image"}[damage]
     )
-    with pytest.raises(InputError, match=r"cannot read image .*003\.png"):
+    with pytest.raises(InputError, match=r"cannot read image .*003\.png \([^']{5,}\); repair"):
         read_images(open_class(widget.parent, "widget").train, (32, 32))
 
 

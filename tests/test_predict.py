@@ -170,6 +170,19 @@ def test_bad_flags(trained, tmp_path, run_main, extra, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("", "is a folder; name a file in it, of a run last.pt"), ("state.pt", "name last.pt beside it")],
+)
+def test_what_lies_beside_the_checkpoint_is_no_model(trained, tmp_path, run_main, name, message):
+    model = trained.checkpoint.parent / name
+    code, _, err = run_main(
+        predict.main, [model, trained.data, "--out", tmp_path / "out", "--gpu", "cpu"]
+    )
+    assert (code, err.count("\n")) == (2, 1), err
+    assert message in err
+
+
 def test_nothing_to_do_and_empty_folders(trained, tmp_path, run_main):
     code, _, err = run(run_main, trained, tmp_path, images=[])
     assert code == 2

@@ -222,7 +222,10 @@ def test_machines():
     }
 
 
-def test_ctrl_c_stops_the_running_jobs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_ctrl_c_stops_the_running_jobs(tmp_path, monkeypatch, handler):
+    """Also in a shell's background, where SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, handler)
     job = Job("a job", [], tmp_path / "job")
     script = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     monkeypatch.setattr(Job, "command", lambda job: [sys.executable, "-c", script])
@@ -236,8 +239,12 @@ def test_ctrl_c_stops_the_running_jobs(tmp_path, monkeypatch):
         time.sleep(seconds)
 
     monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=interrupt, monotonic=time.monotonic))
-    with pytest.raises(KeyboardInterrupt):
-        run_jobs([job], Machines(), tmp_path / "submitit", lambda job, what: None)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_jobs([job], Machines(), tmp_path / "submitit", lambda job, what: None)
+        assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     training, deadline = int(job.log.read_text()), time.monotonic() + 60
     while Path(f"/proc/{training}").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
