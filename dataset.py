@@ -1,4 +1,4 @@
-"""Data sets: which files there are in a known layout, and what they are.
+"""Data: which files there are, what they hold, and batches of them on the device.
 
 MVTec AD, and any data of the same layout, whatever the classes are called:
 
@@ -8,29 +8,61 @@ MVTec AD, and any data of the same layout, whatever the classes are called:
 
 BTAD: the same with "ok" for "good", "ko" for the defects, and masks named like their image.
 
+MVTec LOCO: the same as MVTec AD, with a folder `<name>` of masks, which are united, for each image.
+
 VisA: <datapath>/split_csv/1cls.csv names class, split, label, image and mask of every image.
 
-Images: png, jpg, jpeg, bmp, tif, tiff in any case; gray, RGB, RGBA, 16 bit.
+Images: the suffixes of `IMAGE_SUFFIXES` in any case; gray, RGB, RGBA, 16 bit; turned as their EXIF says.
+
+    open_class -> AnomalyClass: paths -> Images: batches of uint8 (B,h,w,3) -> normalize: (B,3,h,w)
 """
 
 from __future__ import annotations
 
+import copy
 import csv
-from dataclasses import dataclass
+import inspect
+import json
+import os
+import random
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from util import InputError
+from util import InputError, free_memory, progress, size_text, world_size
 
 DATASETS = ("auto", "mvtec", "btad", "visa")
 GOOD_FOLDERS = {"mvtec": "good", "btad": "ok"}
 VISA_SPLIT = Path("split_csv") / "1cls.csv"
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
-MASK_SIZE = (256, 256)  # the official program evaluates at this size whatever the input's
-MVTEC_TEXTURES = ("carpet", "grid", "leather", "tile", "wood")
 MVTEC_HOME = "https://www.mvtec.com/company/research/datasets/mvtec-ad"
+MVTEC_TEXTURES = ("carpet", "grid", "leather", "tile", "wood")
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+# What a file may hold, whatever its suffix: pictures, and nothing that an interpreter runs, such as EPS.
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "GIF")
+MASK_SIZE = (256, 256)  # the official program evaluates at this size whatever the input's
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+CACHES = ("auto", "ram", "none")
+MEMORY_SHARE = 1 / 4  # of the free memory that images take without being told to
+
+AUGMENTATIONS = ("auto", "none", "flips", "turns")
+PIPELINE_SUFFIXES = (".yaml", ".yml", ".json")
+NUM_PROBES = 4  # images that a pipeline from a file is tried on before the training
+
+
+# -------------------------------------------------------------------------------------- files
 
 
 @dataclass(frozen=True)
@@ -40,7 +72,8 @@ class TestImage:
     Attributes:
         path: of the image.
         kind: "good", or a kind of defect.
-        mask: path of its mask; None for good images and in classes without masks.
+        mask: path of its mask, or of a folder whose masks are united; None for good images and in
+            classes without masks.
         mask_is_binary: white in the mask is half of the scale or more; else any value but zero is a defect.
     """
 
@@ -62,11 +95,13 @@ class AnomalyClass:
         name: of the class.
         train: paths of the good images to learn from, sorted.
         test: sorted by kind and name.
+        warnings: what reading the files found odd but usable, a line each.
     """
 
     name: str
     train: list[Path]
     test: list[TestImage]
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def has_masks(self) -> bool:
@@ -89,7 +124,7 @@ def open_class(
     Raises:
         InputError: path, class, training images, test images or a mask missing.
     """
-    dataset = recognise(datapath, dataset)
+    dataset = recognize(datapath, dataset)
     present = list_classes(datapath, dataset, "train" if need_train else "test")
     if name not in present:
         have = f"classes there: {', '.join(present)}" if present else "no class folders there"
@@ -106,7 +141,7 @@ def open_class(
     return data
 
 
-def recognise(datapath: Path, dataset: str = "auto") -> str:
+def recognize(datapath: Path, dataset: str = "auto") -> str:
     """The layout of a data set: as asked, or what the folders look like.
 
     Raises:
@@ -118,7 +153,7 @@ def recognise(datapath: Path, dataset: str = "auto") -> str:
             "or try `make demo`, which needs no download"
         )
     if dataset == "visa" and not (datapath / VISA_SPLIT).is_file():
-        raise InputError(f"--dataset visa: no {VISA_SPLIT} in {datapath}; name VisA's own folder")
+        raise InputError(f"--dataset visa: no {VISA_SPLIT} in {datapath}; pass VisA's own folder")
     if dataset != "auto":
         return dataset
     if (datapath / VISA_SPLIT).is_file():
@@ -142,9 +177,11 @@ def _folders_with(datapath: Path, inside: str) -> list[str]:
 
 def list_images(folder: Path) -> list[Path]:
     """The images in a folder, sorted; none if there is no such folder."""
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and _visible(p))
+    return sorted(filter(_is_image, folder.iterdir())) if folder.is_dir() else []
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and _visible(path) and path.is_file()
 
 
 def _visible(path: Path) -> bool:
@@ -159,24 +196,39 @@ def _list_test(folder: Path, good: str) -> list[TestImage]:
         raise InputError(
             f"no test images in {test_folder}; it needs folders such as {good}/ and a defect's"
         )
-    class_has_masks = mask_folder.is_dir() and any(map(list_images, mask_folder.iterdir()))
-    for image in images:
-        if class_has_masks and image.defective and image.mask is None:
-            raise InputError(
-                f"{image.path} has no mask {mask_folder / image.kind / image.path.stem}_mask.png; add it, "
-                f"or remove {mask_folder} to evaluate without masks"
-            )
+    _check_masks(images, mask_folder)
     return images
 
 
 def _list_kind(folder: Path, mask_folder: Path, good: str) -> list[TestImage]:
-    """The test images of one kind, each with the mask `<name>_mask` or `<name>`."""
+    """The test images of one kind, each with the mask `<name>_mask` or `<name>`, or the folder `<name>`."""
     kind = "good" if folder.name == good else folder.name
-    masks = {path.stem: path for path in list_images(mask_folder) if kind != "good"}
-    return [
-        TestImage(path, kind, masks.get(f"{path.stem}_mask", masks.get(path.stem)))
-        for path in list_images(folder)
-    ]
+    masks = {}
+    if kind != "good" and mask_folder.is_dir():
+        masks = {path.name: path for path in mask_folder.iterdir() if list_images(path)}
+        masks |= {path.stem: path for path in list_images(mask_folder)}
+    images = []
+    for path in list_images(folder):
+        mask = masks.get(f"{path.stem}_mask", masks.get(path.stem))
+        # LOCO's masks have a value of its own for each kind of defect.
+        images.append(TestImage(path, kind, mask, mask_is_binary=mask is None or mask.is_file()))
+    return images
+
+
+def _check_masks(images: list[TestImage], mask_folder: Path) -> None:
+    """Raise an InputError for a defect without a mask, unless the class has no masks at all."""
+    defective = [image for image in images if image.defective]
+    unmasked = [image for image in defective if image.mask is None]
+    masks = (
+        [p for p in mask_folder.rglob("*") if _is_image(p) and _visible(p.parent)] if unmasked else []
+    )
+    if masks:
+        image, none_fits = unmasked[0], len(unmasked) == len(defective)
+        raise InputError(
+            f"{image.path} has no mask {mask_folder / image.kind / image.path.stem}_mask.png"
+            + (f", and {min(masks)} fits no test image, nor does any other mask" if none_fits else "")
+            + f"; add or rename it, or remove {mask_folder} to evaluate without masks"
+        )
 
 
 def _open_visa_class(datapath: Path, name: str) -> AnomalyClass:
@@ -190,7 +242,7 @@ def _open_visa_class(datapath: Path, name: str) -> AnomalyClass:
             test.append(TestImage(datapath / row["image"], kind, mask, mask_is_binary=False))
     test.sort(key=lambda image: (image.kind, image.path))
     if not test:
-        raise InputError(f"no test images of class {name} in {datapath / VISA_SPLIT}")
+        raise InputError(f"no test images of class {name} in {datapath / VISA_SPLIT}; unpack VisA again")
     for path in [*train, *(p for image in test for p in (image.path, image.mask) if p)]:
         if not path.is_file():
             raise InputError(
@@ -212,7 +264,9 @@ def _read_visa_split(datapath: Path) -> list[dict[str, str]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot read {path} ({error}); unpack VisA again") from None
     if not rows or not columns <= rows[0].keys() or any(row[c] is None for row in rows for c in columns):
-        raise InputError(f"{path} has not the columns {', '.join(sorted(columns))}; unpack VisA again")
+        raise InputError(
+            f"{path} lacks some of the columns {', '.join(sorted(columns))}; unpack VisA again"
+        )
     for row in rows:
         names, paths = (row["object"], row["label"]), (row["image"], row["mask"])
         if any(set(name) & set("/\\") or name in ("", ".", "..") for name in names) or any(
@@ -222,3 +276,377 @@ def _read_visa_split(datapath: Path) -> list[dict[str, str]]:
         if row["split"] == "train" and row["label"] != "normal":
             raise InputError(f"{path} has a defective training image, {row['image']}; unpack VisA again")
     return rows
+
+
+# ----------------------------------------------------------------------------- images and masks
+
+
+def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """uint8 (h,w,3), resized with PIL bilinear; without `size`, as large as it is.
+
+    Raises:
+        InputError: not a readable image.
+    """
+    image = _open(path)
+    if image.mode[0] in "IF":  # PIL's own conversion of 16 and 32 bit gray would clip, not scale
+        array = np.asarray(image, dtype=np.float64)
+        full_scale = 65535 if image.mode[0] == "I" else _full_scale(array)
+        image = Image.fromarray((array / full_scale * 255).clip(0, 255).round().astype(np.uint8))
+    image = image.convert("RGB")
+    return np.array(image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image)
+
+
+def read_mask(image: TestImage, size: tuple[int, int] = MASK_SIZE) -> np.ndarray:
+    """bool (h,w): made binary, resized with PIL bilinear and thresholded at one half; all False without mask.
+
+    Raises:
+        InputError: not readable, or of another size than the image.
+    """
+    if image.mask is None:
+        return np.zeros(size, dtype=bool)
+    paths = list_images(image.mask) if image.mask.is_dir() else [image.mask]
+    binary = np.logical_or.reduce([_read_binary(path, image) for path in paths])
+    mask = Image.fromarray(binary.astype(np.uint8) * 255)
+    return np.asarray(mask.resize(size[::-1], Image.Resampling.BILINEAR)) > 127
+
+
+def _read_binary(path: Path, image: TestImage) -> np.ndarray:
+    """One mask of an image: bool, as large as the image."""
+    mask, size = _open(path), _open(image.path, decode=False).size
+    if mask.size != size:
+        raise InputError(
+            f"mask {path} is {size_text(mask.size[::-1])}, its image {size_text(size[::-1])}; "
+            "they must agree"
+        )
+    array = np.asarray(mask.convert("L") if mask.mode[0] not in "IF1" else mask, dtype=np.float32)
+    return array > (_full_scale(array) / 2 if image.mask_is_binary else 0)
+
+
+def _full_scale(array: np.ndarray) -> int:
+    """What white is in pixels of unknown scale: 1, 255 or 65535, which single ones may exceed a little."""
+    highest = array.max(initial=0)
+    return 1 if highest < 1.5 else 255 if highest < 300 else 65535
+
+
+def _open(path: Path, decode: bool = True) -> Image.Image:
+    """The image as its EXIF turns it; without `decode`, pixels are read only to turn them."""
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if decode:
+                image.load()
+            if _orientation(image) != 1:
+                ImageOps.exif_transpose(image, in_place=True)
+            return image
+    except UnidentifiedImageError:
+        raise InputError(f"cannot read image {path} (empty, or no image); repair or remove it") from None
+    except Exception as error:  # PIL's decoders raise nearly anything on damaged files
+        reason = str(error).replace(str(path), "").strip() or type(error).__name__
+        raise InputError(f"cannot read image {path} ({reason}); repair or remove it") from None
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's number, 1 for upright."""
+    try:  # a PNG's own getexif would decode it to look for EXIF behind the pixels
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except SyntaxError:  # the EXIF is damaged, the image need not be
+        return 1
+
+
+def load_masks(data: AnomalyClass, num_workers: int, size: tuple[int, int] = MASK_SIZE) -> Tensor | None:
+    """bool (N,h,w) of the test images; None in a class without masks.
+
+    Defective images whose mask is empty are counted in a line that is added to `data.warnings`.
+
+    Raises:
+        InputError: a mask cannot be read, or has another size than its image.
+    """
+    if not data.has_masks:
+        return None
+    masks = torch.empty(len(data.test), *size, dtype=torch.bool)
+    _read_all(lambda i: read_mask(data.test[i], size), masks, num_workers, "masks")
+    empty = (data.defective & ~masks.flatten(1).any(1)).nonzero().flatten().tolist()
+    if empty:
+        data.warnings.append(
+            f"{len(empty)} defective images have an empty mask, the first is {data.test[empty[0]].path}; "
+            "all of their pixels count as good"
+        )
+    return masks
+
+
+def _read_all(
+    read: Callable[[int], np.ndarray], out: Tensor, num_workers: int, description: str
+) -> None:
+    """out[i] = read(i) for all i, in threads."""
+    arrays = look_ahead(read, range(len(out)), num_workers, num_workers)
+    for i, array in enumerate(progress(arrays, description, len(out))):
+        out[i] = torch.from_numpy(array)
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 (B,h,w,3) -> float32 (B,3,h,w), channels_last, by ImageNet's mean and deviation."""
+    mean, std = (
+        torch.tensor(v).to(images.device, non_blocking=True) for v in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+# ------------------------------------------------------------------------------------- batches
+
+
+class Images:
+    """Images of one size as uint8, from memory or from their files.
+
+    Args:
+        paths: of the images.
+        size: (h, w).
+        cache: "ram" decodes all of them now; "none" each time they are asked for; "auto" is "ram" if they
+            take no more than a quarter of the free memory.
+        device: where batches go; kept images are copied to CUDA, too, if they take no more than a quarter
+            of its free memory.
+        num_workers: threads that prepare images.
+        description: of the progress bar.
+
+    Raises:
+        InputError: an image cannot be read; it is named.  With "none", when it is asked for.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], size: tuple[int, int], cache: str, device: torch.device,
+        num_workers: int, description: str,
+    ):  # fmt: skip
+        self.paths, self.size, self.device = list(paths), size, device
+        self._num_workers = max(1, num_workers)
+        self._kept: Tensor | None = None  # on the host
+        self._on_device: Tensor | None = None  # the same images
+        num_bytes = len(paths) * size[0] * size[1] * 3
+        share = MEMORY_SHARE / world_size()  # each process keeps its own
+        if cache == "ram" or (cache == "auto" and num_bytes <= share * free_memory(torch.device("cpu"))):
+            self._kept = torch.empty(len(paths), *size, 3, dtype=torch.uint8)
+            _read_all(self._read, self._kept, self._num_workers, description)
+            if device.type == "cpu" or num_bytes <= MEMORY_SHARE * free_memory(device):
+                self._on_device = self._kept.to(device)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """One image, uint8 (h,w,3), to be read only."""
+        return self._read(index) if self._kept is None else self._kept[index].numpy()
+
+    def batches(
+        self,
+        batches: Iterable[Sequence[int] | Tensor],
+        augment: Augmentation | None = None,
+        epoch: int = 0,
+    ) -> Iterator[Tensor]:
+        """uint8 (B,h,w,3) on the device for the indices (B,) of each batch.
+
+        What takes time, such as decoding and augmenting, is done ahead in threads.
+        """
+        batches = map(torch.as_tensor, batches)
+        if augment is None and (images := self._on_device) is not None:
+            return (images[batch.to(self.device, non_blocking=True)] for batch in batches)
+        return look_ahead(
+            lambda batch: self._prepare(batch.tolist(), augment, epoch),
+            batches, self._num_workers, self._num_workers,
+        )  # fmt: skip
+
+    def _read(self, index: int) -> np.ndarray:
+        return read_image(self.paths[index], self.size)
+
+    def _prepare(self, indices: list[int], augment: Augmentation | None, epoch: int) -> Tensor:
+        on_cuda = self.device.type == "cuda"  # from pinned memory the copy does not make the host wait
+        batch = torch.empty(len(indices), *self.size, 3, dtype=torch.uint8, pin_memory=on_cuda)
+        for i, index in enumerate(indices):
+            image = self[index]
+            batch[i] = torch.from_numpy(image if augment is None else augment(image, epoch, index))
+        return batch.to(self.device, non_blocking=True)
+
+
+def training_order(num_images: int, batch_size: int) -> list[Tensor]:
+    """One epoch in random order, drawn from torch's random state: indices (B,) for each full batch."""
+    count = num_images // batch_size * batch_size
+    return list(torch.randperm(num_images)[:count].view(-1, batch_size))
+
+
+def evaluation_order(indices: Iterable[int], batch_size: int) -> list[Tensor]:
+    """These images in order: indices (B,) for each batch, the last as large as it comes."""
+    batches = torch.tensor(list(indices), dtype=torch.long).split(batch_size)
+    return [batch for batch in batches if len(batch)]
+
+
+def look_ahead(function: Callable, items: Iterable, depth: int = 2, num_workers: int = 1) -> Iterator:
+    """function(item) for every item in order, computed in threads up to `depth` items before asked for."""
+    pool, pending = ThreadPoolExecutor(max(1, num_workers)), deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# -------------------------------------------------------------------------------- augmentation
+
+
+class Augmentation:
+    """Random changes of training images by a pipeline of albumentations.
+
+    What an image becomes depends on seed, epoch and its index alone, for any number of threads and processes.
+
+    Args:
+        pipeline: an `albumentations.Compose`.
+        seed: of all that is drawn.
+        source: the choice of --augment, for messages.
+
+    Attributes:
+        description: the transforms in one line.
+    """
+
+    def __init__(self, pipeline, seed: int, source: str):
+        self._pipeline, self._seed, self._source = pipeline, seed, source
+        self._of_thread = threading.local()
+        self.description = ", ".join(" ".join(repr(t).split()) for t in pipeline.transforms)
+
+    @classmethod
+    def create(
+        cls, choice: str, class_name: str, size: tuple[int, int], seed: int
+    ) -> Augmentation | None:
+        """What --augment chose; None if nothing is to be changed.
+
+        Args:
+            choice: "auto" is the official one, "turns" for MVTec's textures and "none" for other classes;
+                "flips" flips in both directions, with probability 0.5 each; "turns" also turns by a random
+                multiple of 90 degrees with probability 0.5; else a file that `albumentations.save` wrote.
+            size: (h, w) of the images; "auto" leaves out the turns if they are not square.
+
+        Raises:
+            InputError: a file cannot be used, or "turns" with images that are not square.
+        """
+        square = size[0] == size[1]
+        if choice == "auto":
+            choice = ("turns" if square else "flips") if class_name in MVTEC_TEXTURES else "none"
+        if choice == "none":
+            return None
+        if choice == "turns" and not square:
+            raise InputError(f"--augment turns: images of {size_text(size)} are not square; use flips")
+        if choice not in AUGMENTATIONS:
+            pipeline = _load_pipeline(Path(choice))
+            probe = cls(_applied_always(pipeline), seed, choice)
+            image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+            for index in range(NUM_PROBES):
+                probe(image, 0, index)
+            return cls(pipeline, seed, choice)
+        library = _import_albumentations()
+        transforms = [library.HorizontalFlip(p=0.5), library.VerticalFlip(p=0.5)]
+        if choice == "turns":
+            transforms.append(library.RandomRotate90(p=0.5))
+        return cls(library.Compose(transforms), seed, choice)
+
+    def __call__(self, image: np.ndarray, epoch: int, index: int) -> np.ndarray:
+        """uint8 (h,w,3), changed; the given one stays as it is.
+
+        Raises:
+            InputError: the pipeline fails, or gives another shape or type.
+        """
+        if not hasattr(self._of_thread, "pipeline"):  # its random state is its own
+            self._of_thread.pipeline = copy.deepcopy(self._pipeline)
+        pipeline, key = self._of_thread.pipeline, (self._seed, int(epoch), int(index))
+        # Not set_random_seed: each transform would start from it, and all flips would come together.
+        pipeline.set_random_state(np.random.default_rng(key), random.Random(str(key)))
+        try:
+            changed = pipeline(image=image.copy())["image"]  # a transform may work in place
+        except Exception as error:  # they raise nearly anything
+            raise _augment_error(self._source, error) from None
+        made, given = (f"{x.dtype} {size_text(x.shape)}" for x in (changed, image))
+        if made != given:
+            raise _augment_error(self._source, f"makes {made} of {given}, which must stay the same")
+        return changed
+
+
+def _load_pipeline(path: Path):
+    """The `albumentations.Compose` in a file; only the library's own transforms are called.
+
+    Raises:
+        InputError: not readable, not a pipeline, an unknown transform or parameter.
+    """
+    if path.suffix.lower() not in PIPELINE_SUFFIXES:
+        choices = ", ".join(AUGMENTATIONS)
+        raise InputError(f"--augment {path} is no .yaml or .json file; use one, or {choices}")
+    library = _import_albumentations()
+    import yaml  # albumentations needs it, too
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice, and parameters, which are checked
+            _check_transform(content.get("transform") if isinstance(content, dict) else None, library)
+            pipeline = library.Compose([library.from_dict(content)])
+        library.to_dict(pipeline)  # refuses transforms that need more than a file can hold
+    except Exception as error:  # the parsers and the library raise nearly anything
+        raise _augment_error(path, error) from None
+    return pipeline
+
+
+def _check_transform(node: object, library: ModuleType) -> None:
+    """Raise a ValueError unless a part of a file names transforms of the library, and parameters of theirs."""
+    if not isinstance(node, dict) or not isinstance(node.get("__class_fullname__"), str):
+        raise ValueError("holds no pipeline as albumentations.save writes it")
+    name = node["__class_fullname__"]
+    short = name.rpartition(".")[2] if name.startswith("albumentations.") else name
+    kind = getattr(library, short, None)
+    bases = (library.BasicTransform, library.BaseCompose)
+    if not (inspect.isclass(kind) and issubclass(kind, bases) and kind.is_serializable()):
+        raise ValueError(f"{name} is no transform that albumentations {library.__version__} loads")
+    # Of all bases, because albumentations.save writes some parameters that only those have.
+    known = {p for base in kind.__mro__ for p in inspect.signature(base.__init__).parameters}
+    if unknown := node.keys() - known - {"__class_fullname__"}:
+        raise ValueError(f"{name} has no parameter {min(map(str, unknown))}")
+    if not 0 <= node.get("p", 1) <= 1:
+        raise ValueError(f"{name} has p = {node['p']}, which is not from 0 to 1")
+    if "transforms" in node:
+        for inner in node["transforms"]:
+            _check_transform(inner, library)
+        return
+    try:
+        library.from_dict({"transform": node})
+    except Exception as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _applied_always(pipeline):
+    """A copy whose probabilities, but for zero, are one, so that what can happen does."""
+    library, pending = _import_albumentations(), [copy.deepcopy(pipeline)]
+    for composition in pending:
+        for transform in composition.transforms:
+            transform.p = 1.0 if transform.p else 0.0
+            pending += [transform] if isinstance(transform, library.BaseCompose) else []
+    return pending[0]
+
+
+def _augment_error(source: str | Path, error: Exception | str) -> InputError:
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    reason = " ".join(reason.split()).partition(" For further information")[0]  # pydantic's link
+    return InputError(f"--augment {source}: {reason}; correct the file, or use --augment none")
+
+
+def _import_albumentations() -> ModuleType:
+    """The library, imported without its question to PyPI whether there is a newer release."""
+    variable = "NO_ALBUMENTATIONS_UPDATE"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        import albumentations
+    except ImportError as error:
+        raise InputError(
+            f"--augment: {error}; run pip install -r requirements.txt, or use none"
+        ) from None
+    finally:
+        del os.environ[variable]
+        if before is not None:
+            os.environ[variable] = before
+    return albumentations

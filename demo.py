@@ -1,6 +1,6 @@
 """Make a small data set in MVTec's layout and train on it: no download, no GPU, about a minute.
 
-    python demo.py              # data, training, table, pictures
+    python demo.py              # data, training, table of both scores, pictures
     python demo.py --dataOnly   # the data alone, in demo_data/
 
 The class "gravel" is cut from a photographic texture inside scikit-image: random crops with slight
@@ -11,6 +11,8 @@ with its exact mask.
 
 from __future__ import annotations
 
+import io
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import skimage.transform
 from PIL import Image
 
 import train
-from util import InputError, Parser, run_script, whole_number
+from util import InputError, Parser, atomic_path, run_script, whole_number
 
 CLASS_NAME = "gravel"
 MARKER = "made_by_demo.txt"
@@ -31,18 +33,10 @@ CROP_SIZE = 168  # pixels of the photograph that fill an image
 TRAIN_COLUMNS, TEST_COLUMNS = slice(0, 300), slice(300, 512)
 TINT = np.array([1.0, 0.94, 0.86])
 NUM_TRAIN, NUM_TEST_GOOD, NUM_PER_DEFECT = 48, 16, 10
-TRAINING_FLAGS = [
-    "--encoder",
-    "none",
-    "--numStack",
-    "1",
-    "--epochs",
-    "4",
-    "--evalEvery",
-    "2",
-    "--gpu",
-    "cpu",
-]
+TRAINING_FLAGS = (
+    "--encoder", "none", "--numStack", "1", "--epochs", "4", "--evalEvery", "2", "--score", "bank",
+    "--gpu", "cpu",
+)  # fmt: skip
 
 Picture = np.ndarray  # float (256,256,3), 0..1
 Mask = np.ndarray  # bool (256,256)
@@ -50,19 +44,17 @@ Mask = np.ndarray  # bool (256,256)
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo_data"), help="folder of the data [demo_data]"
-    )
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the data [0]")
+    parser.add_argument("--out", type=Path, default=Path("demo_data"), help="folder of the data")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the data")
     parser.add_argument("--dataOnly", action="store_true", help="do not train")
-    arguments = parser.parse_args()
-    write_data_set(arguments.out, arguments.seed)
-    command = ["--cls", CLASS_NAME, "--datapath", str(arguments.out), *TRAINING_FLAGS]
+    args = parser.parse_args()
+    write_data_set(args.out, args.seed)
+    command = ["--cls", CLASS_NAME, "--datapath", str(args.out), *TRAINING_FLAGS]
     print(
-        f"data set in {arguments.out}; train on it with\n  python train.py {' '.join(command)}\n",
+        f"data set in {args.out}; train on it with\n  python train.py {shlex.join(command)}\n",
         flush=True,
     )
-    if not arguments.dataOnly:
+    if not args.dataOnly:
         train.main(command)
 
 
@@ -74,14 +66,13 @@ def write_data_set(out: Path, seed: int = 0) -> None:
     """
     folder = out / CLASS_NAME
     marker = folder / MARKER
-    if folder.exists() and not marker.is_file():
-        raise InputError(f"{folder} exists and is not the demo's data; name another folder by --out")
+    if not marker.is_file() and any(folder.glob("[!.]*")):
+        raise InputError(f"{folder} exists and is not the demo's data; choose another folder by --out")
     rng = np.random.default_rng(seed)
     photograph = skimage.data.gravel() / 255
     learn, test = photograph[:, TRAIN_COLUMNS], photograph[:, TEST_COLUMNS]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        marker.write_text("python demo.py writes this folder, and writes it again.\n")
+        _write(marker, b"python demo.py writes this folder, and writes it again.\n")
         for i in range(NUM_TRAIN):
             _save(folder / "train" / "good" / f"{i:03}.png", good_image(learn, rng))
         for i in range(NUM_TEST_GOOD):
@@ -93,13 +84,22 @@ def write_data_set(out: Path, seed: int = 0) -> None:
                 _save(folder / "ground_truth" / kind / f"{i:03}_mask.png", mask)
     except OSError as error:
         raise InputError(
-            f"cannot write to {out} ({error.strerror}); name another folder by --out"
+            f"cannot write to {out} ({error.strerror}); choose another folder by --out"
         ) from None
 
 
 def _save(path: Path, picture: Picture | Mask) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((picture * 255).round().astype(np.uint8)).save(path)
+    file = io.BytesIO()
+    Image.fromarray((picture * 255).round().astype(np.uint8)).save(file, format="png")
+    _write(path, file.getvalue())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole at every moment, and left alone where it is there: another demo may be reading it."""
+    if not path.is_file() or path.read_bytes() != content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
 
 
 # ------------------------------------------------------------------------------------- images
@@ -110,12 +110,12 @@ def good_image(photograph: np.ndarray, rng: np.random.Generator) -> Picture:
     scale = CROP_SIZE / IMAGE_SIZE * rng.uniform(0.97, 1.03)
     angle = np.deg2rad(rng.uniform(-4, 4))
     reach = CROP_SIZE * 0.58  # half a turned and enlarged crop
-    centre = [rng.uniform(reach, side - reach) for side in photograph.shape[::-1]]
+    center = [rng.uniform(reach, side - reach) for side in photograph.shape[::-1]]
     middle = (IMAGE_SIZE - 1) / 2
     pose = (
         skimage.transform.AffineTransform(translation=(-middle, -middle))
         + skimage.transform.AffineTransform(scale=(scale, scale), rotation=angle)
-        + skimage.transform.AffineTransform(translation=centre)
+        + skimage.transform.AffineTransform(translation=center)
     )
     gray = skimage.transform.warp(photograph, pose, output_shape=(IMAGE_SIZE, IMAGE_SIZE), order=3)
     return _light(gray[..., None] * TINT, rng)
@@ -155,9 +155,9 @@ def add_scratch(picture: Picture, rng: np.random.Generator) -> tuple[Picture, Ma
 
 
 def add_stain(picture: Picture, rng: np.random.Generator) -> tuple[Picture, Mask]:
-    """A coloured blot that lets the texture through."""
-    colour = rng.uniform(0.25, 0.75, 3)
-    return _blend(picture, _blob(rng, radius=(14, 36)), picture * colour)
+    """A colored blot that lets the texture through."""
+    color = rng.uniform(0.25, 0.75, 3)
+    return _blend(picture, _blob(rng, radius=(14, 36)), picture * color)
 
 
 def add_paste(picture: Picture, rng: np.random.Generator) -> tuple[Picture, Mask]:

@@ -1,10 +1,11 @@
-"""Evaluate a trained model on the test images of a class: the table, the metrics and the pictures of train.py.
+"""Evaluate a trained model on the test images of a class: the table, the metrics and the figures of train.py.
 
     python evaluate.py saveDir/tile-.../last.pt --datapath ../mvtec_anomaly_detection
+    python evaluate.py saveDir/screw-.../last.pt --score bank --numTemplate 64   # no training
     python evaluate.py saveDir/tile-.../last.pt --datapath my_parts --cls line2 --anyClass
-    python evaluate.py --official best.npz --cls tile --datapath ../mvtec_anomaly_detection
 
-Results go to a new folder --out/<cls>-<date-time>/.
+Results go to a new folder --out/<cls>-<date-time>/.  With --score, templates and thresholds are made anew of
+the class's good training images, and scorer.pt there holds them for predict.py and export.py.
 """
 
 from __future__ import annotations
@@ -13,126 +14,103 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-import pictures
-from calibration import calibrate
-from checkpoint import Trained, save_checkpoint
-from dataset import DATASETS, open_class
-from evaluation import TestSet, features_in_order, result_table
-from hardware import (
-    apply_precision,
-    choose_device,
-    choose_precision,
-    describe_environment,
-    keep_freed_memory,
-)
-from loading import CACHES, FeatureSource, ImageStore
-from metrics import evaluate_maps
-from model import latent_template
-from official import load_official
-from run import image_template
-from settings import add_running_flags
+import figures
+from dataset import CACHES, DATASETS, AnomalyClass, Images, open_class
+from metrics import PRO_LIMIT, evaluate_maps, result_table
+from scorer import ScoreOptions, Scorer, TestSet, add_score_flags, check_score_flags, fit_all, score_all
 from util import (
     InputError,
     Parser,
+    add_running_flags,
     check_writable,
+    choose_device,
     create_run_folder,
+    describe_environment,
+    keep_freed_memory,
+    number,
     run_script,
     start_log,
-    whole_number,
     write_csv,
     write_json,
 )
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    device = choose_device(arguments.gpu)
+    args = parse_arguments()
+    device = choose_device(args.gpu)
     keep_freed_memory()
-    check_writable(arguments.out, "--out")
-    if arguments.official:
-        trained = read_official_weights(arguments, device)
-    else:
-        trained = Trained.load(arguments.checkpoint, device, arguments.precision)
-    name = arguments.cls or trained.class_name
-    if name != trained.class_name and not arguments.anyClass:
+    check_writable(args.out, "--out")
+    stored = Scorer.load(args.checkpoint, device, args.precision)
+    name = args.cls or stored.class_name
+    if name != stored.class_name and not args.anyClass:
         raise InputError(
-            f"{trained.path} is of class {trained.class_name}, not {name}; leave --cls out, or add --anyClass "
-            "if both are the same kind of thing"
+            f"{args.checkpoint} is of class {stored.class_name}, not {name}; leave --cls out, or add "
+            "--anyClass if both are the same kind of thing"
         )
-    data = open_class(arguments.datapath, name, arguments.dataset, need_train=False)
-    test_set = TestSet.load(data, trained.model, arguments.cache, arguments.numWorkers, device)
-    maps = test_set.anomaly_maps(trained.model, trained.template)
-    metrics = evaluate_maps(maps, test_set.truth)
+    data = open_class(args.datapath, name, args.dataset, need_train=args.score is not None)
+    scorers = [stored] if args.score is None else refit(stored, data, args)
+    test_set = TestSet.load(data, stored.config, args.cache, args.numWorkers, device)
+    maps = score_all(scorers, test_set.images)
+    for scorer, its_maps in zip(scorers, maps, strict=True):
+        metrics = asdict(evaluate_maps(its_maps, test_set.truth, args.proLimit))
+        epoch = stored.metrics.get("epoch")
+        scorer.metrics = {"epoch": epoch, "score": scorer.options.score, **metrics}
 
-    folder = create_run_folder(arguments.out, name, "--out")
+    folder = create_run_folder(args.out, name, "--out")
     log = start_log(folder / "log.txt", describe_environment(device))
-    row = {"class": name, "checkpoint": str(trained.path), **asdict(metrics)}
-    write_csv(folder / "metrics.csv", [row])
-    write_json(folder / "result.json", row)
-    template = image_template(trained.model, trained.template)
-    pictures.save_evaluation(folder / "pictures", test_set, maps, trained.calibration, template)
-    if arguments.official:
-        save_checkpoint(folder / "converted.pt", trained.content(asdict(metrics)))
-    log.info(result_table([(name, str(trained.metrics.get("epoch", "n/a")), asdict(metrics))]))
+    rows = [{"class": name, "checkpoint": str(args.checkpoint), **s.metrics} for s in scorers]
+    write_csv(folder / "metrics.csv", rows)
+    write_json(folder / "result.json", rows[-1])
+    if args.score is not None:
+        scorers[-1].save(folder / "scorer.pt")
+    figures.save_evaluation(folder / "pictures", test_set, maps[-1], scorers[-1], args.proLimit)
+    log.info(result_table([(name, label(row, len(rows)), row) for row in rows], args.proLimit))
     log.info(f"\nPercent. Written to {folder}")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, nargs="?", help="a .pt file that train.py wrote")
-    parser.add_argument(
-        "--official", type=Path, metavar="FILE.npz", help="weights of the official program instead"
-    )
-    parser.add_argument(
-        "--officialChoice", choices=("pixel", "pro"), default="pixel",
-        help="--official: the weights chosen by pixel AUROC, or by PRO [pixel]",
-    )  # fmt: skip
-    parser.add_argument(
-        "--imageSize", type=whole_number(1), nargs="+", metavar="N",
-        help="--official: input size, one number or H W [what the weights show, else 256 or 1024]",
-    )  # fmt: skip
-    parser.add_argument(
+    parser.add_argument("checkpoint", type=Path, help="a .pt file that train.py or fit.py wrote")
+    group = parser.add_argument_group("data")
+    group.add_argument(
         "--datapath", type=Path, default=Path("../mvtec_anomaly_detection"),
-        help="folder of the class's folder [../mvtec_anomaly_detection]",
+        help="folder of the class's folder",
     )  # fmt: skip
-    parser.add_argument("--dataset", choices=DATASETS, default="auto", help="layout of the data [auto]")
-    parser.add_argument("--cls", help="class in --datapath [the checkpoint's]")
-    parser.add_argument(
+    group.add_argument("--dataset", choices=DATASETS, default="auto", help="layout of the data")
+    group.add_argument("--cls", help="class in --datapath, if it is not the checkpoint's")
+    group.add_argument(
         "--anyClass", action="store_true", help="allow another class than the checkpoint's"
     )
-    parser.add_argument("--out", type=Path, default=Path("evaluations"), help="folder [evaluations]")
-    add_running_flags(parser)
-    parser.add_argument("--cache", choices=CACHES, default="auto", help="decoded images [auto]")
-    arguments = parser.parse_intermixed_args()
-    if (arguments.checkpoint is None) == (arguments.official is None):
-        parser.error("name a checkpoint, or --official FILE.npz")
-    if arguments.official and not arguments.cls:
-        parser.error("--official needs --cls, the class that the weights were trained on")
-    if arguments.imageSize and len(arguments.imageSize) > 2:
-        parser.error("--imageSize takes one number, or two (height width)")
-    return arguments
+    group.add_argument("--cache", choices=CACHES, default="auto", help="decoded images")
+    group = parser.add_argument_group("score", "the checkpoint's own, or with --score a new one")
+    add_score_flags(group)
+    group.add_argument(
+        "--proLimit", type=number(0, 1, above=True), default=PRO_LIMIT,
+        help="false-positive rate up to which the second PRO integrates",
+    )  # fmt: skip
+    group = parser.add_argument_group("running")
+    add_running_flags(group)
+    group.add_argument("--out", type=Path, default=Path("evaluations"), help="folder of the results")
+    parser.set_defaults(score=None)
+    args = parser.parse_args()
+    check_score_flags(args)
+    return args
 
 
-def read_official_weights(arguments: argparse.Namespace, device: torch.device) -> Trained:
-    """The official program's model, with a template made of the class's training images."""
-    size = arguments.imageSize
-    size = (size[0], size[-1]) if size else None
-    model = load_official(arguments.official, arguments.officialChoice, size)
-    precision = choose_precision(arguments.precision, device, trained_in="fp32")
-    model.to(device).compute_networks_in(apply_precision(precision)).eval()
-    config = model.config
-    data = open_class(arguments.datapath, arguments.cls, arguments.dataset)
-    store = ImageStore(
-        data.train, config.image_size, arguments.cache, device, arguments.numWorkers, "training images"
+def refit(stored: Scorer, data: AnomalyClass, args: argparse.Namespace) -> list[Scorer]:
+    """Scorers of the stored weights and the class's good images: the paper's, and --score's as the last."""
+    images = Images(
+        data.train, stored.image_size, args.cache, stored.device, args.numWorkers, "training images"
     )
-    source = FeatureSource(store, model.encode, constant=config.encoder != "none")
-    template = latent_template(model, features_in_order(source, config, "template"))
-    calibration = None
-    if len(store) > 1:
-        calibration = calibrate(model, template, features_in_order(source, config, "good scores"))
-    return Trained(arguments.official, arguments.cls, model, template, {}, calibration)
+    options = [ScoreOptions(), ScoreOptions.from_flags(args)][args.score == "paper" :]
+    template = stored.settings.get("template", "mean")
+    return fit_all(stored.model, images, options, template, data.name, stored.settings)
+
+
+def label(row: dict, count: int) -> str:
+    """The epoch, and among several rows the score."""
+    epoch = "n/a" if row["epoch"] is None else str(row["epoch"])
+    return f"{epoch} ({row['score']})" if count > 1 else epoch
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Many trainings: one after the other, side by side on several GPUs, or on a Slurm cluster, through submitit.
+"""Many trainings: one after the other, side by side on several GPUs, or on a Slurm cluster.
+
+    python jobs.py FOLDER FLAGS...   # one of them: train.py with these flags, unless FOLDER has the result
 
 A job whose result is there is not run again.  One that fails or is killed is tried once more, from where it
 stopped; the others go on.
@@ -10,7 +12,6 @@ import contextlib
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -21,16 +22,15 @@ from pathlib import Path
 
 import torch
 
-from run import RESULT_FILE, STATE_FILE
-from util import InputError, lock
+import train
+from metrics import METRICS
+from util import InputError, lock, run_script
 
 ROOT = Path(__file__).parent
 ATTEMPTS = 2
 SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_TO_STOP = 120.0
+SECONDS_TO_STOP = 120.0  # a step of a large model on a CPU; the signal is seen after it
 SLURM_MINUTES = 24 * 60
-LOCAL_MINUTES = 30 * 24 * 60  # submitit would stop a local job after five
-INSTALL = "pip install submitit"
 
 
 @dataclass
@@ -49,27 +49,65 @@ class Job:
     folder: Path
     attempts: int = field(default=0, compare=False)
 
-    def command(self) -> list[str]:
-        """Start, or go on where an earlier try stopped."""
-        stopped = sorted(self.folder.glob(f"*/{STATE_FILE}"), key=lambda path: path.stat().st_mtime)
-        flags = (
-            ["--resume", str(stopped[-1].parent)]
-            if stopped
-            else [*self.flags, "--saveDir", str(self.folder)]
-        )
-        return [sys.executable, str(ROOT / "train.py"), *flags]
-
     @property
     def log(self) -> Path:
         return self.folder / "output.txt"
 
-    def run_folder(self) -> Path | None:
-        """Where the result is, if there is one."""
-        return next((path.parent for path in self.folder.glob(f"*/{RESULT_FILE}")), None)
+    def command(self) -> list[str]:
+        """What runs the job in a process of its own."""
+        return [sys.executable, str(ROOT / "jobs.py"), str(self.folder), *self.flags]
+
+    def training_flags(self) -> list[str]:
+        """The flags of train.py that start the training, or resume the newest whole state of it."""
+        states = self.folder.glob(f"*/{train.STATE_FILE}")
+        for path in sorted(states, key=lambda path: path.stat().st_mtime, reverse=True):
+            with contextlib.suppress(InputError):  # damaged, or of another version
+                train.load_state(path.parent)
+                return ["--resume", str(path.parent)]
+        return [*self.flags, "--saveDir", str(self.folder)]
 
     def result(self) -> dict | None:
-        folder = self.run_folder()
-        return None if folder is None else json.loads((folder / RESULT_FILE).read_text())
+        """The finished run's result.json, with its `folder`; a damaged one does not count."""
+        for path in sorted(self.folder.glob(f"*/{train.RESULT_FILE}")):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                result = json.loads(path.read_text(encoding="utf-8"))
+                if METRICS.keys() <= result["last"].keys():
+                    return {**result, "folder": path.parent}
+        return None
+
+    def is_running(self) -> bool:
+        """Whether a process works on the job: one that an earlier start left, or one started by hand."""
+        return _is_locked(self.log) or any(map(_is_locked, self.folder.glob("*/log.txt")))
+
+    def reason(self) -> str:
+        """Why it failed: the last line of its log."""
+        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.is_file() else ""
+        return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")
+
+
+def _is_locked(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("a") as file:
+        return not lock(file)
+
+
+def run_job(job: Job) -> None:
+    """Run the job in this process, which keeps its log locked; a process that is at it is waited for."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with job.log.open("a") as file:
+        while not lock(file):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        while any(map(_is_locked, job.folder.glob("*/log.txt"))):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        if job.result() is None:
+            flags = job.training_flags()
+            if flags[0] == "--resume":  # a damaged result would make it a finished run
+                (Path(flags[1]) / train.RESULT_FILE).unlink(missing_ok=True)
+            sys.argv = ["train.py", *flags]
+            run_script(train.main)
 
 
 @dataclass(frozen=True)
@@ -101,107 +139,131 @@ def run_jobs(
     """Run what has no result yet; the jobs that failed.
 
     Args:
-        folder: for submitit's files.
-        report: told of every job that "starts", is "done", "failed", or "failed, once more".
+        folder: for Slurm's files.
+        report: told of every job that "starts", is "done", "failed, once more: ..." or "failed: ...".
 
     Raises:
-        InputError: submitit is missing, or does not know an option.
+        InputError: there is no Slurm, or it does not know an option.
         KeyboardInterrupt: after the running jobs have stopped.
     """
-    waiting = deque(job for job in jobs if job.result() is None)
+    waiting, running, failed = deque(job for job in jobs if job.result() is None), [], []
     if not waiting:
         return []
-    places = machines.places(len(waiting))
-    free, running, failed = deque(range(len(places))), {}, []
-    submit = _submitter(machines, folder, threads=max(1, torch.get_num_threads() // len(places)))
+    free = deque(machines.places(len(waiting)))
+    submit = slurm(machines.slurm, folder) if machines.slurm is not None else this_machine(len(free))
     try:
         while waiting or running:
-            while waiting and free:
-                place = free.popleft()
-                try:
-                    handle = submit(waiting[0], places[place])
-                except InputError:
-                    if not running:
-                        raise
-                    free.append(place)  # a cluster that takes no more for now
-                    break
-                running[place] = waiting.popleft(), handle
-                report(running[place][0], "starts")
+            start(waiting, free, running, submit, report)
             time.sleep(SECONDS_BETWEEN_LOOKS)
-            for place, (job, handle) in list(running.items()):
-                if not handle.done():
-                    continue
-                del running[place]
+            for entry in [entry for entry in running if entry[-1].done()]:
+                running.remove(entry)
+                job, place, _ = entry
                 free.append(place)
                 if job.result() is not None:
                     report(job, "done")
                 elif job.attempts < ATTEMPTS:
-                    report(job, "failed, once more")
+                    report(job, f"failed, once more: {job.reason()}")
                     waiting.append(job)
                 else:
-                    report(job, "failed")
+                    report(job, f"failed: {job.reason()}")
                     failed.append(job)
     finally:
-        for _, handle in running.values():
-            handle.cancel()
-        for job, _ in running.values():
-            _wait_until_stopped(job)
+        for *_, process in running:
+            process.cancel()
+        for *_, process in running:
+            if isinstance(process, Process):
+                process.finish()
     return failed
 
 
-def _wait_until_stopped(job: Job) -> None:
-    """A training that was told to stop finishes its step and saves."""
-    deadline = time.monotonic() + SECONDS_TO_STOP
-    for path in job.folder.glob("*/log.txt"):
-        while time.monotonic() < deadline:
-            with path.open("a") as file:
-                if lock(file):
-                    break
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-
-
-def _submitter(machines: Machines, folder: Path, threads: int):
-    try:
-        import cloudpickle
-        import submitit
-    except ImportError as error:
-        raise InputError(f"running the jobs needs the package {error.name}: {INSTALL}") from None
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the job may not find this file
-    on_slurm = machines.slurm is not None
-    try:
-        executor = submitit.AutoExecutor(folder=folder, cluster="slurm" if on_slurm else "local")
-        parameters = slurm_parameters(machines.slurm) if on_slurm else {"timeout_min": LOCAL_MINUTES}
-        executor.update_parameters(**parameters)
-    except (RuntimeError, NameError, TypeError, ValueError) as error:  # no Slurm here, an unknown option
-        raise InputError(f"--slurm: {str(error).splitlines()[0]}") from None
-
-    def submit(job: Job, gpu: str | None):
+def start(waiting: deque, free: deque, running: list, submit: Callable, report: Callable) -> None:
+    """Move jobs from `waiting` to `running`, as (job, place, process), while there are places."""
+    while waiting and free:
+        job = waiting[0]
+        what = "is running since an earlier start; waiting for it" if job.is_running() else "starts"
         job.folder.mkdir(parents=True, exist_ok=True)
-        environment = dict(os.environ)
-        environment["OMP_NUM_THREADS"] = str(threads)
-        environment.setdefault("GOMP_SPINCOUNT", "1000")  # waiting threads make room for the other jobs
-        environment["CUDA_VISIBLE_DEVICES"] = gpu or ""
         try:
-            with _sigint_reaches_children():
-                handle = executor.submit(_Training(job, None if on_slurm else environment))
-        except submitit.core.utils.FailedJobError as error:
-            raise InputError(f"--slurm: {str(error).splitlines()[0]}") from None
+            process = submit(job, free[0])
+        except InputError:
+            if not running:
+                raise
+            return  # a cluster that takes no more for now
         job.attempts += 1
-        return handle
+        running.append((waiting.popleft(), free.popleft(), process))
+        report(job, what)
+
+
+class Process(subprocess.Popen):
+    """A job on this machine, in a session of its own: Ctrl-C reaches it once, from here."""
+
+    def __init__(self, job: Job, environment: dict[str, str]):
+        self._log = job.log
+        with job.log.open("a") as file:
+            super().__init__(
+                job.command(), stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def done(self) -> bool:
+        if self.poll() is None:
+            return False
+        if self.returncode < 0:  # it had no last words
+            with self._log.open("a") as file:
+                file.write(f"killed by signal {-self.returncode}\n")
+        return True
+
+    def cancel(self) -> None:
+        self.terminate()
+
+    def finish(self) -> None:
+        try:
+            self.wait(SECONDS_TO_STOP)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
+def this_machine(num_places: int) -> Callable[[Job, str | None], Process]:
+    """What starts a job on a GPU; the threads are shared out among the jobs at once."""
+
+    def submit(job: Job, gpu: str | None) -> Process:
+        environment = {
+            "GOMP_SPINCOUNT": "1000",
+            **os.environ,
+        }  # idle threads make room for the other jobs
+        environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // num_places))
+        environment["CUDA_VISIBLE_DEVICES"] = gpu or ""
+        return Process(job, environment)
 
     return submit
 
 
-@contextlib.contextmanager
-def _sigint_reaches_children():
-    """Where SIGINT is ignored (`nohup ... &`), so would be what stops a job: children inherit that."""
-    before = signal.getsignal(signal.SIGINT)
-    if before == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def slurm(options: dict[str, str], folder: Path) -> Callable:
+    """What submits a job to Slurm.
+
+    Raises:
+        InputError: submitit is missing, or there is no Slurm here, or it does not know an option.
+    """
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+        import submitit
+    except ImportError as error:
+        raise InputError(f"--slurm needs the package {error.name}: pip install submitit") from None
+
+    class Training(submitit.helpers.Checkpointable, submitit.helpers.CommandFunction):
+        """Where Slurm takes the machine away, it is submitted again, and resumes where it stopped."""
+
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
+        executor.update_parameters(**slurm_parameters(options))
+    except (RuntimeError, NameError, TypeError, ValueError) as error:
+        raise InputError(f"--slurm: {str(error).splitlines()[0]}") from None
+
+    def submit(job: Job, _):
+        try:
+            return executor.submit(Training(job.command()))
+        except submitit.core.utils.FailedJobError as error:
+            raise InputError(f"--slurm: {str(error).splitlines()[0]}") from None
+
+    return submit
 
 
 def slurm_parameters(options: dict[str, str]) -> dict[str, object]:
@@ -211,41 +273,12 @@ def slurm_parameters(options: dict[str, str]) -> dict[str, object]:
     return {"timeout_min": minutes, **{f"slurm_{key}": value for key, value in options.items()}}
 
 
-class _Training:
-    """Runs a job in a process of its own; what the training prints goes to the job's log."""
-
-    def __init__(self, job: Job, environment: dict[str, str] | None):
-        self.job, self.environment = job, environment
-
-    def __call__(self) -> int:
-        process = None
-        try:
-            if self.environment is not None:  # Slurm's signals are submitit's
-                for number in (signal.SIGINT, signal.SIGTERM):  # before there is anything to stop
-                    signal.signal(number, _stop)
-            with open(self.job.log, "a", encoding="utf-8") as file:
-                # In a session of its own, so that Ctrl-C reaches it once: from here, as a request to stop.
-                process = subprocess.Popen(
-                    self.job.command(), stdout=file, stderr=subprocess.STDOUT, env=self.environment,
-                    start_new_session=True,
-                )  # fmt: skip
-            return process.wait()
-        finally:
-            if process is not None and process.poll() is None:
-                process.terminate()
-                process.wait()
-
-    def checkpoint(self):
-        """Slurm takes the machine away: the job is submitted again, and goes on where it stopped."""
-        import submitit
-
-        return submitit.helpers.DelayedSubmission(self)
-
-
-def _stop(number, frame) -> None:
-    raise KeyboardInterrupt
-
-
 def shown(command: Sequence[str]) -> str:
-    """As it can be pasted into a shell."""
+    """A command, as it can be pasted into a shell."""
     return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    run_job(Job("", sys.argv[2:], Path(sys.argv[1])))

@@ -7,9 +7,14 @@
     python reproduce.py table3 --slurm partition=gpu gres=gpu:1 time=240       # on a cluster
     python reproduce.py fig5; python reproduce.py fig7 --classes tile screw    # memory; the pictures
     python reproduce.py table2 --classes screw -- --numLayer 4                 # more flags for every train.py
+    python reproduce.py plus --datapath DATA MORE_DATA --classes screw cookie --epochs screw=3 cookie=8 \\
+        --seeds 0 1 2                                                          # one template against a bank
 
-Written to --out: <table>/results.csv (a row for each class, seed and choice of the epoch), <table>/table.md, and
-jobs/, whose finished trainings all tables share.  The same command again completes what is missing.
+The tables are trained in the official program's precision, torch's default: fp32, with tf32 convolutions
+where this machine has NVIDIA GPUs from Ampere on; -- --precision tf32 says so for a cluster's.
+
+Written to --out: <table>/results.csv (a row for each class, seed and choice of the epoch), <table>/table.md,
+and jobs/, whose finished trainings all tables share.  The same command again completes what is missing.
 """
 
 from __future__ import annotations
@@ -17,38 +22,42 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-import pictures
-from dataset import MVTEC_TEXTURES, list_classes, recognise
-from evaluation import percent
+import figures
+import train
+from dataset import MVTEC_TEXTURES, list_classes, recognize
 from jobs import Job, Machines, run_jobs, shown
-from metrics import METRIC_NAMES
-from settings import augmentation, model_config, parse_settings
+from metrics import METRICS, TABLE_METRICS
 from util import (
     InputError,
     Interrupted,
     Parser,
-    StopRequest,
-    atomic_path,
+    StopSignals,
     check_writable,
+    choose_precision,
     lock,
+    markdown_table,
+    percent,
     run_script,
     whole_number,
     write_csv,
+    write_text,
 )
 
 ROOT = Path(__file__).parent
 PAPER_TABLES = ROOT / "paper_tables"
+PAPER_COLUMNS = {"pixel_auroc": "pixel_auroc", "pixel_pro": "pro", "image_auroc": "image_auroc"}
 FNF = ("--encoder", "none", "--augment", "none")  # the paper's FNF rows are without augmentation
 RES18 = ("--encoder", "resnet18")
 TABLE3_CLASSES = (
@@ -57,13 +66,26 @@ TABLE3_CLASSES = (
 )  # fmt: skip
 TABLE5_CLASSES = ("grid", "metal_nut", "screw")
 MVTEC_CLASSES = (*TABLE3_CLASSES, *TABLE5_CLASSES)
-# By which epoch a row of results.csv is: the last, or the best on the test set.
+MVTEC_OBJECTS = tuple(name for name in MVTEC_CLASSES if name not in MVTEC_TEXTURES)
+GROUPS = {
+    "mean of Table 3's 12": TABLE3_CLASSES,
+    "mean of all 15": MVTEC_CLASSES,
+    "mean of 5 textures": MVTEC_TEXTURES,
+    "mean of 10 objects": MVTEC_OBJECTS,
+}
+# Which epoch a row of results.csv is of: the last, or the best on the test set.
 CHOICES = {
     "last": "last",
+    "last_paper": "last",
     "best_pixel_auroc": "best pixel AUROC",
     "best_pixel_pro": "best PRO",
     "best_image_auroc": "best image AUROC",
 }
+# Flags of train.py that change no number, or that the configuration settles.
+NOT_IN_KEY = (
+    "imageSize", "numLayer", "volumeNorm", "gpu", "numWorkers", "cache", "saveDir", "tensorboard", "config",
+    "resume",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,50 +95,51 @@ class Variant:
     Attributes:
         name: for our table.
         flags: of train.py.
-        paper: (file, column, value) that selects the paper's rows.
+        paper: (column, value) that selects rows of the files in paper_tables/.
     """
 
     name: str
     flags: tuple[str, ...]
-    paper: tuple[str, str, str]
+    paper: tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper.
+    """A table of the paper; or `plus`, which is ours.
 
     Attributes:
         title: of it.
-        classes: in the paper's order.
+        classes: in the paper's order; none: all that the data have.
         variants: what is trained on each.
-        columns: our metric -> the paper's column.
+        metrics: that are compared.
         datapath: where the data are by default.
+        plus: compare the score of the paper with that of the bank, which train.py's --score bank both gives.
     """
 
     title: str
     classes: tuple[str, ...]
     variants: tuple[Variant, ...]
-    columns: dict[str, str] = field(
-        default_factory=lambda: {"pixel_auroc": "pixel_auroc", "pixel_pro": "pro"}
-    )
+    metrics: tuple[str, ...] = ("pixel_auroc", "pixel_pro")
     datapath: str = "../mvtec_anomaly_detection"
+    plus: bool = False
 
 
 def tables() -> dict[str, Table]:
-    fnf = Variant("FNF", FNF, ("mvtec.csv", "method", "PyramidFlow FNF"))
-    res18 = Variant("Res18", RES18, ("mvtec.csv", "method", "PyramidFlow Res18"))
+    fnf = Variant("FNF", FNF, ("method", "PyramidFlow FNF"))
+    res18 = Variant("Res18", RES18, ("method", "PyramidFlow Res18"))
+    both = (fnf, res18)
+
+    def volume_norm(name: str) -> Variant:
+        return Variant(name, (*FNF, "--volumeNorm", name), ("volume_norm", name))
 
     def ablation(name: str, *flags: str) -> Variant:
-        return Variant(name, (*FNF, *flags), ("ablation.csv", "ablation", name))
+        return Variant(name, (*FNF, *flags), ("ablation", name))
 
     return {
         "table1": Table(
             "Table 1, volume normalization (FNF)",
             ("capsule", "pill", "toothbrush", "carpet", "grid", "zipper"),
-            tuple(
-                Variant(norm, (*FNF, "--volumeNorm", norm), ("volume_norm.csv", "volume_norm", norm))
-                for norm in ("CVN", "SVN")
-            ),
+            (volume_norm("CVN"), volume_norm("SVN")),
         ),
         "table2": Table(
             "Table 2 with S1 and S2, ablations (FNF)",
@@ -129,111 +152,104 @@ def tables() -> dict[str, Table]:
                 ablation("IV spatial loss", "--loss", "spatial"),
             ),
         ),
-        "table3": Table("Tables 3 and 5, MVTec AD", MVTEC_CLASSES, (fnf, res18)),
+        "table3": Table("Tables 3 and 5, MVTec AD", MVTEC_CLASSES, both),
         "table4": Table(
             "Table 4, BTAD",
             ("01", "02", "03"),
-            (Variant("Res18", RES18, ("btad.csv", "method", "PyramidFlow Res18")),),
-            {"image_auroc": "image_auroc", "pixel_auroc": "pixel_auroc"},
+            (res18,),
+            ("image_auroc", "pixel_auroc"),
             "../BTech_Dataset_transformed",
         ),
-        "table5": Table("Table 5, MVTec AD", TABLE5_CLASSES, (fnf, res18)),
+        "table5": Table("Table 5, MVTec AD", TABLE5_CLASSES, both),
         "fig7": Table("Fig. 7", MVTEC_CLASSES, (fnf,)),
+        "plus": Table(
+            "Beyond the paper: a bank of templates",
+            (),
+            tuple(replace(variant, flags=(*variant.flags, "--score", "bank")) for variant in both),
+            ("pixel_auroc", "pixel_pro", "pixel_pro_limited", "image_auroc", "image_ap"),
+            plus=True,
+        ),
     }
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    if arguments.table == "fig5":
-        command = [
-            sys.executable,
-            str(ROOT / "benchmark.py"),
-            "memory",
-            "--out",
-            str(arguments.out / "fig5"),
-        ]
-        print(shown(command), flush=True)
-        sys.exit(0 if arguments.dryRun else subprocess.run(command, check=False).returncode)
-    table = tables()[arguments.table]
-    arguments.datapath = (arguments.datapath or Path(table.datapath)).absolute()
-    arguments.out = arguments.out.absolute()
-    table = choose(table, arguments)
-    check_more_flags(table, arguments.more)
-    plan = plan_jobs(table, arguments)
-    if arguments.dryRun:
+    args = parse_arguments()
+    if args.table == "fig5":
+        sys.exit(run_fig5(args))
+    table = choose(tables()[args.table], args)
+    check_more_flags(table, args.given)
+    plan = plan_jobs(table, args)
+    if args.dryRun:
         for entry in plan:
-            finished = entry.job.run_folder()
-            print(f"# finished: {finished}" if finished else shown(entry.job.command()))
+            print(dry_line(entry.job))
         return
-    check_writable(arguments.out, "--out")
-    folder = arguments.out / arguments.table
+    check_writable(args.out, "--out")
+    folder = args.out / args.table
     folder.mkdir(parents=True, exist_ok=True)
-    failed = train(plan, arguments)
-    rows = [row for entry in plan for row in result_rows(entry)]
-    write_csv(folder / "results.csv", rows)
-    text = markdown(table, plan, failed)
-    with atomic_path(folder / "table.md") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    failed = run(plan, args)
+    write_csv(folder / "results.csv", [row for entry in plan for row in result_rows(entry)])
+    text = markdown(table, plan, failed, args)
+    write_text(folder / "table.md", text + "\n")
     print(f"\n{text}\n\nwritten to {folder}")
-    if arguments.table == "fig7" or arguments.fig7:
+    if args.table == "fig7" or args.fig7:
         save_fig7(folder / "fig7.png", plan)
     if failed:
         sys.exit(1)
 
 
+def run_fig5(args: argparse.Namespace) -> int:
+    """The memory curves of Fig. 5, by a script of their own; its exit code."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--out", str(args.out / "fig5")]
+    print(shown(command), flush=True)
+    return 0 if args.dryRun else subprocess.run(command, check=False, cwd=ROOT).returncode
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("table", choices=(*tables(), "fig5"))
-    parser.add_argument(
-        "--datapath", type=Path, help="folder of the data set [as in train.py; table4: BTAD]"
-    )
-    parser.add_argument("--classes", nargs="+", help="of the table's classes [all of them]")
-    parser.add_argument("--seeds", nargs="+", type=whole_number(0), default=[0], help="[0]")
-    parser.add_argument(
-        "--encoder",
-        choices=("all", "none", "resnet18"),
-        default="all",
-        help="only this encoder's part [all]",
-    )
-    parser.add_argument("--epochs", type=whole_number(1), default=15, help="[15]")
-    parser.add_argument(
-        "--jobs",
-        type=whole_number(0),
-        default=0,
-        help="trainings at once [one on each GPU, or one on the CPU]",
-    )
-    parser.add_argument(
-        "--slurm", nargs="+", metavar="KEY=VALUE",
-        help="run on a Slurm cluster, with these options of sbatch; time in minutes",
-    )  # fmt: skip
-    parser.add_argument("--dryRun", action="store_true", help="print the commands and stop")
-    parser.add_argument("--fig7", action="store_true", help="also write the picture like Fig. 7")
-    parser.add_argument("--out", type=Path, default=Path("reproduction"), help="folder [reproduction]")
-    own, separator, more = _split(sys.argv[1:])
-    arguments = parser.parse_intermixed_args(own)
-    arguments.more = more if separator else []
-    arguments.slurm = _options(parser, arguments.slurm)
-    return arguments
+    add = parser.add_argument
+    # fmt: off
+    add("table", choices=(*tables(), "fig5"))
+    add("--datapath", type=Path, nargs="+", action="extend", metavar="FOLDER",
+        help="data sets; a class is taken from the first that has it; else the table's")
+    add("--classes", nargs="+", metavar="CLASS", help="of the data; else the table's, for plus all")
+    add("--seeds", nargs="+", type=whole_number(0), default=[0], metavar="N",
+        help="of the trainings; of several the table has means and standard deviations")
+    add("--encoder", choices=("all", "none", "resnet18"),
+        help="only the part with this encoder; else all, for plus none")
+    add("--epochs", nargs="+", type=class_epochs, default=(), metavar="N",
+        help="of all classes, or CLASS=N of some; else 15")
+    add("--jobs", type=whole_number(0), default=0,
+        help="trainings at once; 0: one on each GPU, or one on the CPU")
+    add("--slurm", nargs="+", type=slurm_option, metavar="KEY=VALUE",
+        help="run on a Slurm cluster, with these options of sbatch; time in minutes")
+    add("--dryRun", action="store_true", help="print the commands and stop")
+    add("--fig7", action="store_true", help="also write the picture like Fig. 7")
+    add("--out", type=Path, default=Path("reproduction"), help="folder of the results")
+    # fmt: on
+    words = sys.argv[1:]
+    at = words.index("--") if "--" in words else len(words)
+    args = parser.parse_intermixed_args(words[:at])
+    args.more, args.out = words[at + 1 :], args.out.absolute()
+    args.given = train.given_flags(args.more)
+    args.epochs = {"": 15, **dict(args.epochs)}
+    args.slurm = None if args.slurm is None else dict(args.slurm)
+    return args
 
 
-def _split(words: list[str]) -> tuple[list[str], bool, list[str]]:
-    """Before and after a lone --."""
-    if "--" not in words:
-        return words, False, []
-    at = words.index("--")
-    return words[:at], True, words[at + 1 :]
+def class_epochs(text: str) -> tuple[str, int]:
+    """An argparse type: N, as ("", N), or CLASS=N."""
+    name, _, count = text.rpartition("=")
+    return name, whole_number(1)(count)
 
 
-def _options(parser: argparse.ArgumentParser, given: list[str] | None) -> dict[str, str] | None:
-    if given is None:
-        return None
-    for option in given:
-        if "=" not in option:
-            parser.error(f"--slurm {option}: write KEY=VALUE, such as partition=gpu")
-    options = dict(option.split("=", 1) for option in given)
-    if not options.get("time", "1").isdecimal():
-        parser.error(f"--slurm time={options['time']}: a number of minutes")
-    return options
+def slurm_option(text: str) -> tuple[str, str]:
+    """An argparse type: KEY=VALUE."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text}: write KEY=VALUE, such as partition=gpu")
+    if key == "time" and not value.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: write a number of minutes")
+    return key, value
 
 
 # --------------------------------------------------------------------------------- what to run
@@ -249,82 +265,103 @@ class Entry:
     job: Job
 
 
-def choose(table: Table, arguments: argparse.Namespace) -> Table:
+def choose(table: Table, args: argparse.Namespace) -> Table:
     """The part of the table that was asked for; classes that the paper lacks are compared with nothing.
 
+    `args.folders` becomes the data set of each class, `args.epochs` its epochs.
+
     Raises:
-        InputError: the data set lacks a class, or the table has no part with the encoder.
+        InputError: the data lack a class, or the table has no part with the encoder.
     """
-    datapath = arguments.datapath
-    present = list_classes(datapath, recognise(datapath))
-    classes = tuple(arguments.classes or table.classes)
-    if missing := [name for name in classes if name not in present]:
+    args.folders = {}
+    datapaths = [path.absolute() for path in args.datapath or [Path(table.datapath)]]
+    for datapath in datapaths:
+        for name in list_classes(datapath, recognize(datapath)):
+            args.folders.setdefault(name, datapath)
+    classes = tuple(args.classes or table.classes or args.folders)
+    where, have = " ".join(map(str, datapaths)), ", ".join(args.folders) or "no classes"
+    if missing := [name for name in classes if name not in args.folders]:
         raise InputError(
-            f"{datapath} lacks {', '.join(missing)} (it has {', '.join(present) or 'no classes'}); name the data "
-            "set by --datapath, or some classes by --classes"
+            f"{where} lacks {', '.join(missing)} (it has {have}); choose the data set by --datapath, or some "
+            "classes by --classes"
         )
-    encoders = {"all": ("none", "resnet18"), "none": ("none",), "resnet18": ("resnet18",)}
-    variants = tuple(v for v in table.variants if v.flags[1] in encoders[arguments.encoder])
+    if not classes:
+        raise InputError(f"no classes in --datapath {where}; choose a data set's folder")
+    if unknown := args.epochs.keys() - {"", *classes}:
+        raise InputError(f"--epochs {min(unknown)}=...: not one of the classes {', '.join(classes)}")
+    encoder = args.encoder or ("none" if table.plus else "all")
+    variants = tuple(v for v in table.variants if encoder in ("all", v.flags[1]))
     if not variants:
-        raise InputError(f"{table.title} has no part with --encoder {arguments.encoder}")
-    return Table(table.title, classes, variants, table.columns, table.datapath)
+        raise InputError(f"{table.title} has no part with --encoder {args.encoder}; leave it out")
+    args.epochs = {name: args.epochs.get(name, args.epochs[""]) for name in classes}
+    return replace(table, classes=tuple(dict.fromkeys(classes)), variants=variants)
 
 
-def check_more_flags(table: Table, more: list[str]) -> None:
+def check_more_flags(table: Table, given: dict) -> None:
     """Raises InputError if a flag after -- is one that the table sets itself."""
-    _, given = parse_settings("", more)
     own = {flag[2:] for variant in table.variants for flag in variant.flags if flag.startswith("--")}
-    own |= {"cls", "epochs", "seed", "datapath", "saveDir", "resume"}
+    own |= {"cls", "epochs", "seed", "datapath", "saveDir", "resume", "config", "proLimit"}
     for name in given:
         if name in own:
             raise InputError(f"--{name} after --: the table sets it itself; leave it out")
-    visible_gpus(more)
+    if given.get("gpu", "cpu") != "cpu":
+        raise InputError(
+            "--gpu: the jobs take all GPUs; choose some by CUDA_VISIBLE_DEVICES, or --gpu cpu"
+        )
 
 
-def plan_jobs(table: Table, arguments: argparse.Namespace) -> list[Entry]:
+def visible_gpus(given: dict) -> tuple[str, ...]:
+    """The GPUs for the jobs, as in CUDA_VISIBLE_DEVICES; none with `--gpu cpu`."""
+    count, names = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if "gpu" in given:
+        return ()
+    return tuple(names.split(",")[:count] if names else map(str, range(count)))
+
+
+def plan_jobs(table: Table, args: argparse.Namespace) -> list[Entry]:
     """Entries of the table; equal trainings are the same job, in this table and in others."""
+    more = [*args.more, *faithful_flags(table, args.given)]
     entries, jobs = [], {}
-    for variant in table.variants:
-        for name in table.classes:
-            for seed in arguments.seeds:
-                flags = [
-                    "--cls",
-                    name,
-                    *variant.flags,
-                    "--epochs",
-                    str(arguments.epochs),
-                    "--seed",
-                    str(seed),
-                ]
-                flags += ["--datapath", str(arguments.datapath), *arguments.more]
-                key = training_key(flags)
-                if key not in jobs:
-                    folder = arguments.out / "jobs" / f"{name}-seed{seed}-{key}"
-                    jobs[key] = Job(f"{variant.name}, {name}, seed {seed}", flags, folder)
-                entries.append(Entry(name, variant, seed, jobs[key]))
+    for variant, name, seed in itertools.product(table.variants, table.classes, args.seeds):
+        epochs = str(args.epochs[name])
+        flags = ["--cls", name, *variant.flags, "--epochs", epochs, "--seed", str(seed)]
+        if table.plus and "evalEvery" not in args.given:
+            flags += ["--evalEvery", epochs]  # only the last epoch is quoted
+        flags += ["--datapath", str(args.folders[name]), *more]
+        key = training_key(flags)
+        folder = args.out / "jobs" / f"{name}-seed{seed}-{key}"
+        job = jobs.setdefault(key, Job(f"{variant.name}, {name}, seed {seed}", flags, folder))
+        entries.append(Entry(name, variant, seed, job))
     return entries
+
+
+def faithful_flags(table: Table, given: dict) -> list[str]:
+    """The precision of the official program, torch's default: tf32 convolutions where the GPU has them."""
+    if table.plus or "precision" in given:
+        return []
+    try:
+        device = torch.device("cuda" if visible_gpus(given) else "cpu")
+        return ["--precision", choose_precision("tf32", device)]
+    except InputError:
+        return ["--precision", "fp32"]
 
 
 def training_key(flags: list[str]) -> str:
     """The same for flags that give the same training."""
-    settings, _ = parse_settings("", flags)
-    config = model_config(settings)
-    about = asdict(settings) | config.to_dict() | {"augment": augmentation(settings, config)}
-    for name in (
-        "imageSize",
-        "numLayer",
-        "volumeNorm",
-        "gpu",
-        "numWorkers",
-        "cache",
-        "saveDir",
-        "tensorboard",
-    ):
-        about.pop(name)  # `auto` is settled in the configuration, and the rest changes no number
+    args = train.parse_arguments(flags)
+    about = vars(args) | asdict(train.model_config(args))
+    about = {name: value for name, value in about.items() if name not in NOT_IN_KEY}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def train(plan: list[Entry], arguments: argparse.Namespace) -> list[Job]:
+def dry_line(job: Job) -> str:
+    """For --dryRun: the command of a job, or where its result is."""
+    if result := job.result():
+        return f"# finished: {result['folder']}"
+    return shown([sys.executable, str(ROOT / "train.py"), *job.training_flags()])
+
+
+def run(plan: list[Entry], args: argparse.Namespace) -> list[Job]:
     """Run the jobs; those that failed."""
     jobs = list({entry.job.folder: entry.job for entry in plan}.values())
     done = sum(job.result() is not None for job in jobs)
@@ -333,42 +370,22 @@ def train(plan: list[Entry], arguments: argparse.Namespace) -> list[Job]:
     def report(job: Job, what: str) -> None:
         nonlocal done
         done += what == "done"
-        result = job.result()
         values = ""
-        if result:
-            values = ": " + ", ".join(
-                f"{METRIC_NAMES[m]} {percent(result['last'][m])}" for m in METRIC_NAMES
-            )
-        where = f" (see {job.log})" if "failed" in what else ""
-        print(f"[{done}/{len(jobs)}] {job.name} {what}{values}{where}", flush=True)
+        if result := job.result():
+            values = ", ".join(f"{METRICS[m]} {percent(result['last'][m])}" for m in TABLE_METRICS)
+        where = f" (see {job.log})" if what.startswith("failed") else ""
+        print(f"[{done}/{len(jobs)}] {job.name} {what}{': ' * bool(values)}{values}{where}", flush=True)
 
-    machines = Machines(visible_gpus(arguments.more), arguments.jobs, arguments.slurm)
+    machines = Machines(visible_gpus(args.given), args.jobs, args.slurm)
     try:
-        with StopRequest(), (arguments.out / "lock").open("a") as file:
+        with StopSignals(), (args.out / "lock").open("a") as file:
             if not lock(file):
                 raise InputError(
-                    f"another reproduce.py works in {arguments.out}; wait for it, or name another --out"
+                    f"another reproduce.py works in {args.out}; wait for it, or choose another --out"
                 )
-            return run_jobs(jobs, machines, arguments.out / "submitit", report)
+            return run_jobs(jobs, machines, args.out / "slurm", report)
     except KeyboardInterrupt:
-        raise Interrupted("stopped; the same command again goes on with what is missing") from None
-
-
-def visible_gpus(flags: list[str]) -> tuple[str, ...]:
-    """The GPUs for the jobs, as in CUDA_VISIBLE_DEVICES; none with `--gpu cpu`.
-
-    Raises:
-        InputError: the flags choose a GPU, which would be the same for all jobs.
-    """
-    _, given = parse_settings("", flags)
-    if given.get("gpu") == "cpu":
-        return ()
-    if "gpu" in given:
-        raise InputError(
-            "--gpu: the jobs take all GPUs; choose some by CUDA_VISIBLE_DEVICES, or --gpu cpu"
-        )
-    count, names = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return tuple(names.split(",")[:count] if names else map(str, range(count)))
+        raise Interrupted("stopped; the same command again completes what is missing") from None
 
 
 # ------------------------------------------------------------------------------------- results
@@ -377,132 +394,148 @@ def visible_gpus(flags: list[str]) -> tuple[str, ...]:
 def result_rows(entry: Entry) -> list[dict]:
     """Rows of results.csv: one for each choice of the epoch, or one that says that the job failed."""
     common = {"variant": entry.variant.name, "class": entry.cls, "seed": entry.seed}
-    result, folder = entry.job.result(), entry.job.run_folder()
+    names, result = ("score", "epoch", *METRICS), entry.job.result()
     if result is None:
-        empty = dict.fromkeys(("epoch", *METRIC_NAMES))
-        return [{**common, "choice": "failed", **empty, "folder": str(entry.job.log)}]
+        return [{**common, "choice": "failed", **dict.fromkeys(names), "folder": str(entry.job.log)}]
     return [
-        {
-            **common,
-            "choice": label,
-            **{key: result[choice][key] for key in ("epoch", *METRIC_NAMES)},
-            "folder": str(folder),
-        }
+        {**common, "choice": label, **{n: result[choice][n] for n in names}, "folder": result["folder"]}
         for choice, label in CHOICES.items()
         if result.get(choice)
     ]
 
 
 def read_paper(variant: Variant) -> dict[str, dict[str, float]]:
-    """class -> column -> percent."""
-    name, column, value = variant.paper
-    with (PAPER_TABLES / name).open(newline="") as file:
-        return {
-            row["class"]: {k: float(v) for k, v in row.items() if k not in (column, "class", "table")}
-            for row in csv.DictReader(file)
-            if row[column] == value
-        }
+    """class -> metric -> percent."""
+    column, value = variant.paper
+    found = {}
+    for path in sorted(PAPER_TABLES.glob("*.csv")):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if row.get(column) == value:
+                    found[row["class"]] = {
+                        metric: float(row[name]) for metric, name in PAPER_COLUMNS.items() if name in row
+                    }
+    return found
 
 
-def markdown(table: Table, plan: list[Entry], failed: list[Job]) -> str:
-    """The whole table, percent: ours, the paper's, the difference."""
-    seeds = sorted({entry.seed for entry in plan})
-    lines = [f"## {table.title}", ""]
-    lines.append(
-        f"Percent; seeds {', '.join(map(str, seeds))}{'; mean ± standard deviation' if len(seeds) > 1 else ''}. "
-        "*Epoch chosen on the test set, as in the paper's program; quote the last. Difference: last - paper."
-    )
+def markdown(table: Table, plan: list[Entry], failed: list[Job], args: argparse.Namespace) -> str:
+    """The whole table, percent."""
+    epochs = {args.epochs[name] for name in table.classes}
+    epochs = epochs if len(epochs) == 1 else (f"{name} {args.epochs[name]}" for name in table.classes)
+    about = [
+        f"seeds {', '.join(map(str, args.seeds))}"
+        + "; mean ± standard deviation" * (len(args.seeds) > 1),
+        f"epochs {', '.join(map(str, epochs))}",
+        "last epoch, nothing chosen on the test set; both scores from the same weights"
+        if table.plus
+        else "*epoch chosen on the test set, as in the paper's program, quote the last; difference: last - paper",
+    ]
+    lines = [f"## {table.title}", "", f"Percent; {'; '.join(about)}."]
     for variant in table.variants:
-        entries = [entry for entry in plan if entry.variant == variant]
-        lines += ["", f"### {variant.name}", "", *variant_table(table, variant, entries)]
+        results = {name: {} for name in table.classes}
+        for entry in plan:
+            if entry.variant == variant:
+                results[entry.cls][entry.seed] = entry.job.result()
+        rows = (bank_rows if table.plus else paper_rows)(table, results, read_paper(variant))
+        lines += ["", f"### {variant.name}", "", markdown_table(next(rows), rows)]
     if failed:
-        lines += ["", "Failed:", ""]
-        lines += [f"- {job.name}: see {job.log}" for job in failed]
+        lines += [
+            "",
+            "Failed:",
+            "",
+            *(f"- {job.name}: {job.reason()} (see {job.log})" for job in failed),
+        ]
     return "\n".join(lines)
 
 
-def variant_table(table: Table, variant: Variant, entries: list[Entry]) -> list[str]:
-    """A row for each class, and for each group of classes that is complete."""
-    labels = [METRIC_NAMES[metric] for metric in table.columns]
-    titles = [
-        f"{label}{kind}" for kind in ("", ", best*", ", paper", ", difference") for label in labels
-    ]
-    lines = ["| class | " + " | ".join(titles) + " |", "|---|" + "---|" * len(titles)]
-    paper = read_paper(variant)
-    results = {}
-    for entry in entries:
-        results.setdefault(entry.cls, {})[entry.seed] = entry.job.result()
-    for name, group in [(name, (name,)) for name in table.classes] + groups(table):
-        last = _means(results, group, table, lambda metric: "last")
-        best = _means(results, group, table, lambda metric: f"best_{metric}")
-        theirs = [
-            statistics.mean(paper[c][column] for c in group) if all(c in paper for c in group) else None
-            for column in table.columns.values()
-        ]
-        differences = [
-            f"{statistics.mean(ours) - their:+.1f}" if ours and their is not None else "n/a"
+Results = dict[str, dict[int, dict | None]]  # by class and seed
+
+
+def paper_rows(table: Table, results: Results, paper: dict) -> Iterator[list[str]]:
+    """The header, then ours, the paper's and the difference, for each class and each group of classes."""
+    kinds = ("", ", best*", ", paper", ", difference")
+    yield ["class", *(METRICS[metric] + kind for kind in kinds for metric in table.metrics)]
+    for name, group in groups(table):
+        last = [seed_means(results, group, "last", metric) for metric in table.metrics]
+        best = [seed_means(results, group, f"best_{metric}", metric) for metric in table.metrics]
+        theirs = [paper_mean(paper, group, metric) for metric in table.metrics]
+        difference = [
+            [statistics.mean(ours.values()) - their[0]] if ours and their else []
             for ours, their in zip(last, theirs, strict=True)
         ]
-        failed = not all(any(results[c].values()) for c in group)
-        cells = [_spread(values, "failed" if failed else "n/a") for values in (*last, *best)]
-        cells += ["n/a" if x is None else f"{x:.1f}" for x in theirs]
-        lines.append("| " + " | ".join([name, *cells, *differences]) + " |")
-    return lines
+        otherwise = missing(results, group)
+        ours = [spread(values.values(), otherwise) for values in (*last, *best)]
+        yield [name, *ours, *map(spread, theirs), *(spread(x, sign="+") for x in difference)]
+
+
+def bank_rows(table: Table, results: Results, paper: dict) -> Iterator[list[str]]:
+    """The header, then the published score, that of one template, and that of the bank, one below the other."""
+    yield ["class", "score", *(METRICS[metric] for metric in table.metrics)]
+    for name, group in groups(table):
+        one = [seed_means(results, group, "last_paper", metric) for metric in table.metrics]
+        bank = [seed_means(results, group, "last", metric) for metric in table.metrics]
+        difference = [
+            [b[seed] - o[seed] for seed in b if seed in o] for o, b in zip(one, bank, strict=True)
+        ]
+        published = [paper_mean(paper, group, metric) for metric in table.metrics]
+        otherwise = missing(results, group)
+        if any(published):
+            yield [name, "published", *map(spread, published)]
+        yield [name, "paper", *(spread(values.values(), otherwise) for values in one)]
+        yield [name, "bank", *(spread(values.values(), otherwise) for values in bank)]
+        yield [name, "bank - paper", *(spread(values, otherwise, "+") for values in difference)]
 
 
 def groups(table: Table) -> list[tuple[str, tuple[str, ...]]]:
-    """(name, classes) of the means below a table: of the paper's groups that it holds entirely."""
-    textures = MVTEC_TEXTURES
-    objects = tuple(name for name in MVTEC_CLASSES if name not in textures)
-    known = [
-        ("mean of Table 3's 12", TABLE3_CLASSES),
-        ("mean of all 15", MVTEC_CLASSES),
-        ("mean of 5 textures", textures),
-        ("mean of 10 objects", objects),
-    ]
-    complete = [(name, classes) for name, classes in known if set(classes) <= set(table.classes)]
-    own = (f"mean of {len(table.classes)}", table.classes)
-    if len(table.classes) > 1 and not any(set(table.classes) == set(classes) for _, classes in complete):
-        complete.append(own)
-    return complete
+    """(name, classes) of a table's rows: each class, and the paper's groups that it holds entirely."""
+    mine = set(table.classes)
+    complete = [(name, classes) for name, classes in GROUPS.items() if set(classes) <= mine]
+    if len(mine) > 1 and not any(set(classes) == mine for _, classes in complete):
+        complete.append((f"mean of {len(mine)}", table.classes))
+    return [(name, (name,)) for name in table.classes] + complete
 
 
-def _means(
-    results: dict, group: Iterable[str], table: Table, choice: Callable[[str], str]
-) -> list[list[float]]:
-    """For each metric: over the group's classes, one mean for each seed that finished all of them; percent."""
-    group = list(group)
-    seeds = sorted({seed for name in group for seed in results[name]})
-    columns = []
-    for metric in table.columns:
-        values = []
-        for seed in seeds:
-            found = [(results[name].get(seed) or {}).get(choice(metric)) for name in group]
-            numbers = [100 * row[metric] for row in found if row and row[metric] is not None]
-            if len(numbers) == len(group):
-                values.append(statistics.mean(numbers))
-        columns.append(values)
-    return columns
+def seed_means(results: Results, group: Iterable[str], choice: str, metric: str) -> dict[int, float]:
+    """For each seed that finished all of the group's classes, their mean; percent."""
+    group, means = list(group), {}
+    for seed in results[group[0]]:
+        rows = [(results[name].get(seed) or {}).get(choice) for name in group]
+        values = [100 * row[metric] for row in rows if row and row[metric] is not None]
+        if len(values) == len(group):
+            means[seed] = statistics.mean(values)
+    return means
 
 
-def _spread(values: list[float], otherwise: str) -> str:
+def paper_mean(paper: dict, group: Iterable[str], metric: str) -> list[float]:
+    """The paper's mean, alone, or nothing where it lacks a class."""
+    values = [paper.get(name, {}).get(metric) for name in group]
+    return [] if None in values else [statistics.mean(values)]
+
+
+def missing(results: Results, group: Iterable[str]) -> str:
+    """What stands where a number is missing."""
+    return "n/a" if all(any(results[name].values()) for name in group) else "failed"
+
+
+def spread(values: Iterable[float], otherwise: str = "n/a", sign: str = "") -> str:
+    """The mean of the seeds, with their standard deviation if there are several."""
+    values = list(values)
     if not values:
         return otherwise
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.1f}{deviation}"
 
 
 def save_fig7(path: Path, plan: list[Entry]) -> None:
     """Image, template, map and truth of one defective image of each class, below one another (Fig. 7)."""
     panels = []
     for entry in plan:
-        folder = entry.job.run_folder()
-        if folder is None or entry.seed != plan[0].seed or entry.variant != plan[0].variant:
-            continue
-        found = sorted(p for p in (folder / "pictures").glob("*/*.png") if p.parent.name != "good")
-        panels += found[:1]
+        result = entry.job.result()
+        if result and entry.seed == plan[0].seed and entry.variant == plan[0].variant:
+            found = sorted((result["folder"] / "pictures").glob("*/*.png"))
+            panels += [picture for picture in found if picture.parent.name != "good"][:1]
     if panels:
-        pictures.save_stack(path, panels)
+        figures.save_stack(path, panels)
         print(f"picture {path}")
 
 

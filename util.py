@@ -1,27 +1,45 @@
-"""What every script needs and the method does not: errors, flags, seeding, progress, logging, files."""
+"""What every script needs and the method does not: errors, flags, device, files, several processes."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import csv
+import ctypes
+import difflib
+import functools
 import json
 import logging
+import math
 import os
+import platform
 import random
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime
+import time
+import uuid
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, nn
 from tqdm import tqdm
 
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
+NUM_WORKERS = min(os.cpu_count() or 1, 8)
 LOG_INTERVAL_S = 30.0  # between lines of a progress bar that is written to a file
+PATIENCE = timedelta(days=1)  # the other processes wait while one draws the figures
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's mallopt
+
+
+# ------------------------------------------------------------------------------------- errors
 
 
 class InputError(Exception):
@@ -31,18 +49,34 @@ class InputError(Exception):
 
 
 class Interrupted(InputError):
-    """The user stopped the work; the message says how to go on."""
+    """The user stopped the work; the message says how to resume."""
 
     exit_code = 130
 
 
+class DivergedError(InputError):
+    """Training left the finite numbers; what was saved before stays."""
+
+    exit_code = 1
+
+    def __init__(self, what: str):
+        super().__init__(
+            f"{what}; checkpoints of earlier epochs, if any, are untouched; try another --seed, --volumeNorm "
+            "or a smaller --lr"
+        )
+
+
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main; an InputError becomes one line on stderr and its exit code."""
+    """Run a script's main; what the user can mend becomes one line on stderr and an exit code."""
     name = Path(sys.argv[0]).name
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
         sys.exit(_fail(f"{name}: error: {error}", error.exit_code))
+    except BrokenPipeError:  # `| head -1`: nobody reads what else there is to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -62,23 +96,26 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _fail(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
+    print(" ".join(line.splitlines()), file=_stderr())
     return code
 
 
-class StopRequest:
-    """While it is active, Ctrl-C, SIGTERM and a lost terminal ask for a stop instead of stopping at once.
+def _stderr() -> IO:
+    """Stderr, or nothing where it is closed."""
+    return sys.stderr or open(os.devnull, "w")
 
-    Work that can end in good order looks at `asked` between its steps, inside `with stop.deferred():`.
-    Elsewhere, and the second time, KeyboardInterrupt is raised.
+
+class StopSignals:
+    """While it is active, Ctrl-C, SIGTERM and a lost terminal raise KeyboardInterrupt at once.
+
+    Python swallows what is raised inside some callbacks, so `check` between steps raises it again.
     """
 
     def __init__(self):
         self.asked = False
-        self._deferred = False
         self._previous: dict = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> StopSignals:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
             if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
@@ -89,18 +126,198 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
+    def check(self) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
 
     def _handle(self, number, frame) -> None:
-        if self.asked or not self._deferred:
-            raise KeyboardInterrupt
         self.asked = True
+        raise KeyboardInterrupt
+
+
+# -------------------------------------------------------------------------------------- flags
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Prints the description as written, and behind each flag's help its default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default = action.default
+        if action.help is None or default is None or default is False or default == argparse.SUPPRESS:
+            return action.help
+        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
+        return f"{action.help} [{shown.lower() if default is True else shown}]" if shown else action.help
+
+
+class Parser(argparse.ArgumentParser):
+    """Prints an error as one line; flags are never abbreviated."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        if unknown.startswith("-"):
+            near = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, 1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def whole_number(minimum: int, maximum: int = 10**18) -> Callable[[str], int]:
+    """An argparse type: a whole number from `minimum` to `maximum`."""
+    limits = f"from {minimum} on" if maximum == 10**18 else f"from {minimum} to {maximum}"
+
+    def convert(text: str) -> int:
+        if not text.isdecimal() or len(text) > 18 or not minimum <= int(text) <= maximum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {limits}")
+        return int(text)
+
+    return convert
+
+
+def number(low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite number from `low`, or `above` it, to `high`."""
+    limits = f"{'above' if above else 'from'} {low:g}" + ("" if high == math.inf else f" to {high:g}")
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {limits}")
+        return value
+
+    return convert
+
+
+fraction = number(0, 1)
+
+
+def boolean(text: str) -> bool:
+    """An argparse type: true or false, as a word."""
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(values)}")
+    return values[text.lower()]
+
+
+def add_running_flags(parser: argparse._ActionsContainer) -> None:
+    """The flags that all scripts have which run a model."""
+    parser.add_argument("--gpu", default="0", help="index of the CUDA device (1, cuda:1), or cpu")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="auto",
+        help="of the flow's k x k convolutions; auto: the fastest that keeps the metrics",
+    )  # fmt: skip
+    parser.add_argument(
+        "--numWorkers", type=whole_number(1), default=NUM_WORKERS,
+        help="threads that read images",
+    )  # fmt: skip
+
+
+def size_text(size: Iterable[int]) -> str:
+    """(height, width) as in --imageSize, with an x."""
+    return "x".join(str(n) for n in size)
+
+
+# ------------------------------------------------------------------------------- device, precision
+
+
+def choose_device(gpu: str) -> torch.device:
+    """`--gpu`: an index, "cuda", "cuda:1" or "cpu".  Index 0 without any CUDA device falls back to the CPU.
+
+    Under torchrun each process takes the GPU of its number.
+
+    Raises:
+        InputError: no such device.
+    """
+    if gpu == "cpu":
+        return torch.device("cpu")
+    index = {"cuda": "0"}.get(gpu, gpu.removeprefix("cuda:"))
+    count = torch.cuda.device_count()
+    if count and dist.is_torchelastic_launched():
+        index = os.environ["LOCAL_RANK"]
+    if index.isdecimal() and int(index) < count:
+        return torch.device("cuda", int(index))
+    if gpu == "0":
+        return torch.device("cpu")
+    have = f"0 to {count - 1}" if count > 1 else "only 0" if count else "none"
+    raise InputError(f"--gpu {gpu}: no such CUDA device (this machine has: {have}); or use --gpu cpu")
+
+
+def why_no_cuda() -> str:
+    """Why this process has no CUDA device."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return "CUDA_VISIBLE_DEVICES is empty"
+    return "no NVIDIA driver or no GPU was found"
+
+
+def describe_environment(device: torch.device) -> list[str]:
+    """Versions and hardware, a line each."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in _read_lines("/proc/cpuinfo") if "model name" in line),
+        platform.processor() or platform.machine(),
+    )
+    features = ", ".join(cpu_features()) or "neither AVX-512 nor AMX"
+    lines = [
+        f"python {platform.python_version()}, torch {torch.__version__}, "
+        f"torchvision {torchvision.__version__}, numpy {np.__version__}",
+        f"cpu {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {features}, "
+        f"{platform.system()}",
+    ]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        memory = properties.total_memory / 2**30
+        lines.append(f"gpu {properties.name}, {memory:.0f} GiB, CUDA {torch.version.cuda}")
+    return lines
+
+
+@functools.cache
+def cpu_features() -> list[str]:
+    """Of AVX-512, AVX-512 BF16 and AMX, what this CPU has; on Linux."""
+    flags = next((line.split() for line in _read_lines("/proc/cpuinfo") if line.startswith("flags")), [])
+    names = {"avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX"}
+    return [name for flag, name in names.items() if flag in flags]
+
+
+def _read_lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def choose_precision(asked: str, device: torch.device, trained_in: str | None = None) -> str:
+    """`--precision`, with auto settled: "fp32", "tf32" or "bf16".
+
+    auto is the fastest that leaves the metrics where fp32 has them (docs/precision.md): bf16 where the
+    device has instructions that multiply bfloat16, else fp32.
+
+    Args:
+        trained_in: the precision of a trained model; auto keeps fp32, and tf32 where the device has it.
+
+    Raises:
+        InputError: the device does not have it.
+    """
+    on_cuda = device.type == "cuda"
+    ampere = on_cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+    if not ampere and (asked == "tf32" or (asked == "bf16" and on_cuda)):
+        raise InputError(f"--precision {asked} needs an NVIDIA GPU from Ampere on; use fp32, or auto")
+    if asked != "auto":
+        return asked
+    if trained_in == "fp32" or (trained_in == "tf32" and ampere):
+        return trained_in
+    if on_cuda:
+        return "bf16" if ampere else "fp32"
+    return "bf16" if {"AVX-512 BF16", "AMX"} & set(cpu_features()) else "fp32"
+
+
+def apply_precision(precision: str) -> torch.dtype | None:
+    """Set cuDNN's switch, by which fp32 and tf32 differ; the dtype for `PyramidFlow.compute_networks_in`."""
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return torch.bfloat16 if precision == "bf16" else None
 
 
 def seed_everything(seed: int) -> None:
@@ -109,41 +326,137 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-class Parser(argparse.ArgumentParser):
-    """Prints the description as written, and an error as one line."""
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors instead of giving it back to the system each time.
 
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
-def whole_number(minimum: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from `minimum` on, within 18 digits."""
-
-    def convert(text: str) -> int:
-        if not text.isdecimal() or len(text) > 18 or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {minimum} on")
-        return int(text)
-
-    return convert
+    A large tensor would otherwise be made of fresh pages, and touching those takes several times as long
+    as computing what is written to them.  Elsewhere than on Linux nothing happens.
+    """
+    if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def fraction(text: str) -> float:
-    """An argparse type: a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken: of the GPU, or of the machine and the process's memory limit."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    lines = _read_lines("/proc/meminfo")
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    limit, used = (_read_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit and used and limit[0].isdecimal():
+        lines = _read_lines("/sys/fs/cgroup/memory.stat")
+        cached = [int(line.split()[1]) for line in lines if line.startswith("inactive_file ")]
+        free.append(int(limit[0]) - int(used[0]) + sum(cached))
+    return max(0, min(free)) if free else 2**32  # a machine that does not say
 
 
-def size_text(size: Iterable[int]) -> str:
-    """(height, width) as in --imageSize, with an x."""
-    return "x".join(str(n) for n in size)
+class Clock:
+    """Seconds of the named parts of some work on a device.
+
+    Attributes:
+        seconds: by name, in the order of first use.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
+        return f"{sum(self.seconds.values()):.1f} s ({parts})"
+
+
+# --------------------------------------------------------------------------- several processes
+#
+# torchrun starts several processes of one training.  In a process that is alone these do nothing.
+
+
+def join_processes(device: torch.device) -> None:
+    """Meet the other processes that torchrun started; each has its own GPU, or all use the CPU."""
+    if dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+
+
+def leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this process writes files and prints; the others only compute."""
+    return rank() == 0
+
+
+def share(items: Sequence, equal: bool = False) -> list:
+    """This process's part of the items; `equal`: all get as many, and what is left over is dropped."""
+    count = len(items) // world_size() * world_size() if equal else len(items)
+    return list(items[rank() : count : world_size()])
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    """The module, with gradients that are averaged over the processes."""
+    if world_size() == 1:
+        return module
+    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def total(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its sum over the processes."""
+    if world_size() > 1:
+        for x in tensors:
+            dist.all_reduce(x)
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Replace each floating-point tensor by its mean over the processes."""
+    if world_size() > 1:
+        for x in tensors:
+            if x.is_floating_point():
+                dist.all_reduce(x)
+                x /= world_size()
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    if world_size() == 1:
+        return flag
+    flags = [None] * world_size()
+    dist.all_gather_object(flags, flag)
+    return any(flags)
+
+
+def gather(part: Tensor, count: int) -> Tensor:
+    """(count,...) in the order of the items that `share` had divided."""
+    if world_size() == 1:
+        return part
+    padded = part.new_zeros(-(-count // world_size()), *part.shape[1:])
+    padded[: len(part)] = part
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:count]
 
 
 # ----------------------------------------------------------------------------------- progress
@@ -154,10 +467,10 @@ def progress(
 ) -> tqdm:
     """A progress bar on stderr; where stderr is a file, a line every few seconds instead."""
     options = {"desc": description, "total": total, "initial": initial, "unit": unit, "leave": False}
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         return tqdm(items, **options, dynamic_ncols=True)
     return tqdm(
-        items, **options, ncols=79, ascii=True, file=_Lines(),
+        items, **options, ncols=99, ascii=True, file=_Lines(),
         mininterval=LOG_INTERVAL_S, maxinterval=LOG_INTERVAL_S, delay=LOG_INTERVAL_S,
     )  # fmt: skip
 
@@ -166,14 +479,59 @@ class _Lines:
     """Turns the carriage returns of a progress bar into lines."""
 
     def write(self, text: str) -> None:
-        if line := text.strip():
+        if sys.stderr is not None and (line := text.strip()):
             print(line, file=sys.stderr)
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        if sys.stderr is not None:
+            sys.stderr.flush()
 
 
-# ---------------------------------------------------------------------------------- run folder
+# -------------------------------------------------------------------------------- logs, tables
+
+
+def start_log(path: Path, environment: list[str]) -> logging.Logger:
+    """A logger to stdout and to a file, which no other process may log to at the same time.
+
+    What this process writes to the file starts with versions and hardware.
+
+    Raises:
+        InputError: another process logs to the file.
+    """
+    logger = logging.getLogger(f"pyramidflow.{path.parent.name}")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    if not lock(file.stream):
+        raise InputError(f"another process is writing to {path.parent}; wait for it, or stop it")
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logger.handlers = [file]
+    for line in environment:
+        logger.info(line)
+    logger.handlers = [file, _Console(sys.stdout or open(os.devnull, "w"))]  # noqa: SIM115
+    return logger
+
+
+class _Console(logging.StreamHandler):
+    """Prints what the terminal cannot show as escapes; a reader that went away ends the program."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=self.stream, flush=True)
+
+
+def markdown_table(header: Sequence, rows: Iterable[Sequence]) -> str:
+    """A table that can be pasted; cells are shown by `str`."""
+    lines = ["| " + " | ".join(map(str, line)) + " |" for line in [header, *rows]]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+
+
+def percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:.2f}"
+
+
+# -------------------------------------------------------------------------------------- files
 
 
 def create_run_folder(save_dir: Path, name: str, flag: str = "--saveDir") -> Path:
@@ -191,7 +549,9 @@ def create_run_folder(save_dir: Path, name: str, flag: str = "--saveDir") -> Pat
                 folder.mkdir()
                 return folder
     except OSError as error:
-        raise InputError(f"cannot write to {flag} {save_dir} ({error.strerror}); name another") from None
+        raise InputError(
+            f"cannot write to {flag} {save_dir} ({error.strerror}); choose another"
+        ) from None
     raise InputError(f"{flag} {save_dir} holds too many runs of this second")
 
 
@@ -208,30 +568,9 @@ def check_writable(save_dir: Path, flag: str = "--saveDir") -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise InputError(f"cannot write to {flag} {save_dir} ({error.strerror}); name another") from None
-
-
-def start_log(path: Path, environment: list[str]) -> logging.Logger:
-    """A logger to stdout and to a file, which no other process may log to at the same time.
-
-    What this process writes to the file starts with versions and hardware.
-
-    Raises:
-        InputError: another process logs to the file.
-    """
-    logger = logging.getLogger(f"pyramidflow.{path.parent.name}")
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    file = logging.FileHandler(path, encoding="utf-8")
-    console = logging.StreamHandler(sys.stdout)
-    if not lock(file.stream):
-        raise InputError(f"another process is writing to {path.parent}; wait for it, or stop it")
-    file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    logger.handlers = [file]
-    for line in environment:
-        logger.info(line)
-    logger.handlers = [file, console]
-    return logger
+        raise InputError(
+            f"cannot write to {flag} {save_dir} ({error.strerror}); choose another"
+        ) from None
 
 
 def lock(file: IO) -> bool:
@@ -255,7 +594,7 @@ def lock(file: IO) -> bool:
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex[:12]}.tmp")  # names have 255 bytes
     try:
         yield temporary
         with open(temporary, "rb+") as file:  # Windows flushes only what it may write
@@ -265,14 +604,60 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: object) -> None:
+def write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Rows of equal keys; None becomes an empty cell."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_path(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def save_tensors(path: Path, content: dict) -> None:
+    """Write tensors and plain values atomically.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch's own writer, on a full disk
+            raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+
+
+def load_tensors(path: Path, device: torch.device | str = "cpu") -> object:
+    """`torch.load` of tensors and plain values only; nothing in the file is executed.
+
+    Raises:
+        InputError: missing, damaged (also where only a checksum tells), or with anything else inside.
+    """
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        if zipfile.is_zipfile(path):  # torch.load does not look at checksums
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise ValueError("checksum")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; choose a file that does") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; choose a file in it, of a run last.pt") from None
+    except PermissionError:
+        raise InputError(f"{path} cannot be read (permission denied); change its permissions") from None
+    except Exception:  # torch.load raises nearly anything on damaged files
+        problem = (
+            "cannot be read as tensors and plain values; it is damaged or not a .pt file, use another"
+        )
+        raise InputError(f"{path} {problem}") from None
+    return content

@@ -84,6 +84,7 @@ class Malice:
         return os.mkdir, (self.folder,)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("plain_pickle", [True, False])
 def test_a_checkpoint_with_code_in_it_is_not_executed(trained, tmp_path, run_main, plain_pickle):
     content = {

@@ -1,13 +1,17 @@
 """The demo's data: seeded, with exact masks, and never written over somebody's own."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import demo
-from dataset import open_class
-from loading import load_masks
+from dataset import load_masks, open_class
 from util import InputError
+
+# Of the pixels of the few images with seed 1.
+DIGEST = "011379f94e6346b360460a1be9866f302c5629189a79c490be042861f9b71ca9"
 
 
 @pytest.fixture
@@ -33,6 +37,34 @@ def test_the_data_set_is_in_mvtecs_layout_and_seeded(tmp_path):
     assert load_masks(data, 1)[data.defective].flatten(1).any(1).all()
 
 
+@pytest.mark.usefixtures("few_images")
+def test_the_images_are_those_of_earlier_versions(tmp_path):
+    """So that numbers stay comparable."""
+    demo.write_data_set(tmp_path, seed=1)
+    digest = hashlib.sha256()
+    for path in sorted(tmp_path.rglob("*.png")):
+        with Image.open(path) as image:
+            digest.update(np.asarray(image).tobytes())
+    assert digest.hexdigest() == DIGEST
+
+
+@pytest.mark.usefixtures("few_images")
+def test_two_demos_in_one_folder_read_whole_images(tmp_path):
+    """What is there and right is not touched; what is not is replaced in one step."""
+    demo.write_data_set(tmp_path, seed=1)
+    before = {path: path.stat() for path in tmp_path.rglob("*.png")}
+    damaged = min(before)
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:100])
+    with damaged.open("rb") as reader:
+        demo.write_data_set(tmp_path, seed=1)
+        assert reader.read() == content[:100]  # a reader keeps what it has opened
+    assert damaged.read_bytes() == content
+    changed = {path for path, old in before.items() if path.stat().st_mtime_ns != old.st_mtime_ns}
+    assert changed == {damaged}
+    assert before.keys() == set(tmp_path.rglob("*.png"))
+
+
 @pytest.mark.parametrize("kind", sorted(demo.DEFECTS))
 def test_a_defect_changes_the_image_within_its_mask_only(kind):
     good = demo.good_image(demo.skimage.data.gravel() / 255, np.random.default_rng(0))
@@ -53,5 +85,5 @@ def test_somebody_elses_folder_is_left_alone(tmp_path, run_main):
         demo.write_data_set(tmp_path)
     code, _, err = run_main(demo.main, ["--out", tmp_path])
     assert code == 2
-    assert "name another folder by --out" in err
+    assert "choose another folder by --out" in err
     assert path.read_bytes() == before

@@ -1,5 +1,6 @@
-"""evaluate.py gives what training gave, from the checkpoint alone."""
+"""evaluate.py gives what training gave, from the checkpoint alone, and the scores of other templates."""
 
+import csv
 import json
 import shutil
 
@@ -8,20 +9,11 @@ import torch
 from conftest import make_class
 
 import evaluate
-import evaluation
-from checkpoint import load_checkpoint, save_checkpoint
-from evaluation import evaluation_batch
-from model import PyramidFlowConfig
+import predict
+from metrics import METRICS
+from scorer import Scorer, load_checkpoint
 
-METRICS = [
-    "pixel_auroc",
-    "image_auroc",
-    "pixel_pro",
-    "pixel_pro_30",
-    "f1_max",
-    "threshold",
-    "image_threshold",
-]
+KEYS = [*METRICS, "pixel_threshold", "image_threshold"]
 
 
 def flags(trained, tmp_path, *extra):
@@ -35,19 +27,71 @@ def test_the_same_table_as_training(trained, tmp_path, run_main):
     (folder,) = (tmp_path / "out").iterdir()
     result = json.loads((folder / "result.json").read_text())
     metrics = load_checkpoint(trained.checkpoint)["metrics"]
-    assert [result[m] for m in METRICS] == [metrics[m] for m in METRICS]
+    assert [result[m] for m in KEYS] == [metrics[m] for m in KEYS]
+    assert (result["class"], result["score"], result["epoch"]) == ("widget", "paper", 2)
     log = (trained.run / "log.txt").read_text()
     (row,) = [line for line in log.splitlines() if "2 (last)" in line]
     assert row.split("|")[3:] == out.splitlines()[2].split("|")[3:]
     names = {str(p.relative_to(folder)) for p in folder.rglob("*.*")}
     assert {"metrics.csv", "log.txt", "pictures/histogram.png", "pictures/roc_pro.png"} <= names
     assert "pictures/hole/000_png.png" in names
+    assert "scorer.pt" not in names
+
+
+def test_another_score_without_training(trained, tmp_path, run_main):
+    """Both rows; the paper's is that of the stored template; and a file that holds the new scorer."""
+    extra = ["--score", "bank", "--numTemplate", 4, "--smooth", 2, "--proLimit", 0.1]
+    code, out, err = run_main(evaluate.main, flags(trained, tmp_path, *extra))
+    assert code == 0, err
+    assert "| widget | 2 (paper) |" in out
+    assert "| widget | 2 (bank) |" in out
+    assert "PRO@0.1" in out
+    (folder,) = (tmp_path / "out").iterdir()
+    paper, bank = csv.DictReader((folder / "metrics.csv").open())
+    stored = load_checkpoint(trained.checkpoint)["metrics"]
+    assert (paper["score"], bank["score"]) == ("paper", "bank")
+    assert float(paper["image_threshold"]) == pytest.approx(stored["image_threshold"], rel=1e-5)
+    scorer = Scorer.load(folder / "scorer.pt")
+    assert (scorer.options.num_template, scorer.options.whiten, scorer.smooth) == (4, True, 2)
+    result = json.loads((folder / "result.json").read_text())
+    assert {key: result[key] for key in scorer.metrics} == scorer.metrics
+    # With its own thresholds it decides as these metrics say.
+    images, scores = trained.data / "widget" / "test", tmp_path / "scores"
+    arguments = ["--out", scores, "--threshold", "f1", "--gpu", "cpu", "--precision", "fp32"]
+    code, _, err = run_main(predict.main, [folder / "scorer.pt", images, *arguments])
+    assert code == 0, err
+    with (scores / "scores.csv").open() as file:
+        found = [row["decision"] == "defective" for row in csv.DictReader(file)]
+    truth = [False] * 3 + [True] * 3
+    both = sum(a and b for a, b in zip(found, truth, strict=True))
+    assert 2 * both / (sum(found) + sum(truth)) == pytest.approx(result["image_f1_max"])
+    again = [folder / "scorer.pt", *flags(trained, tmp_path)[1:]]
+    code, out, err = run_main(evaluate.main, again)
+    assert code == 0, err
+    last = sorted((tmp_path / "out").iterdir())[-1]
+    again = json.loads((last / "result.json").read_text())
+    assert again["score"] == "bank"
+    assert again["image_threshold"] == pytest.approx(result["image_threshold"], rel=1e-5)
+
+
+def test_the_papers_score_of_other_images(trained, tmp_path, run_main):
+    """--score paper makes the one template anew; it is that of training."""
+    code, _, err = run_main(evaluate.main, flags(trained, tmp_path, "--score", "paper"))
+    assert code == 0, err
+    (folder,) = (tmp_path / "out").iterdir()
+    result = json.loads((folder / "result.json").read_text())
+    metrics = load_checkpoint(trained.checkpoint)["metrics"]
+    assert [result[m] for m in KEYS] == pytest.approx([metrics[m] for m in KEYS], rel=1e-5)
 
 
 def test_a_class_folder_without_training_images_is_enough(trained, tmp_path, run_main):
     shutil.copytree(trained.data, tmp_path / "data", ignore=shutil.ignore_patterns("train"))
-    code, _, err = run_main(evaluate.main, flags(trained, tmp_path, "--datapath", tmp_path / "data"))
+    without = flags(trained, tmp_path, "--datapath", tmp_path / "data")
+    code, _, err = run_main(evaluate.main, without)
     assert code == 0, err
+    code, _, err = run_main(evaluate.main, [*without, "--score", "bank"])
+    assert code == 2
+    assert "no class 'widget'" in err
 
 
 def test_another_class_only_where_it_is_meant(trained, tmp_path, run_main):
@@ -60,23 +104,22 @@ def test_another_class_only_where_it_is_meant(trained, tmp_path, run_main):
     assert run_main(evaluate.main, [*other, "--anyClass"])[0] == 0
 
 
-def test_a_run_that_was_not_finished_has_no_calibration_and_is_evaluated(trained, tmp_path, run_main):
-    content = load_checkpoint(trained.checkpoint)
-    del content["calibration"]
-    save_checkpoint(tmp_path / "last.pt", content)
-    arguments = [tmp_path / "last.pt", *flags(trained, tmp_path)[1:]]
-    code, _, err = run_main(evaluate.main, arguments)
+def test_a_scorer_without_calibration_is_evaluated(trained, tmp_path, run_main):
+    scorer = Scorer.load(trained.checkpoint)
+    scorer.calibration = None
+    scorer.save(tmp_path / "last.pt")
+    code, _, err = run_main(evaluate.main, [tmp_path / "last.pt", *flags(trained, tmp_path)[1:]])
     assert code == 0, err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a checkpoint, or --official"),
-        (["a.pt", "--official", "b.npz"], "name a checkpoint, or --official"),
-        (["--official", "b.npz"], "needs --cls"),
+        ([], "checkpoint"),
         (["nowhere.pt"], "nowhere.pt does not exist"),
-        (["a.pt", "--imageSize", 1, 2, 3], "one number, or two"),
+        (["a.pt", "--numTemplate", 4], "need --score bank"),
+        (["a.pt", "--score", "paper", "--smooth", 4], "need --score bank"),
+        (["a.pt", "--proLimit", 0], "not a number above 0 to 1"),
     ],
 )
 def test_bad_flags(run_main, arguments, message):
@@ -109,13 +152,22 @@ def change_of(key, value):
         (change_of("config", lambda c: {**c, "num_stack": 2}), "number of coupling blocks"),
         (change_of("config", lambda c: {**c, "num_channel": 5}), "has shape"),
         (change_of("config", lambda c: {**c, "other": 1}), "not a configuration"),
-        (change_of("template", lambda t: t[:1]), "number of template levels"),
-        (change_of("template", lambda t: [x * float("nan") for x in t]), "not finite"),
+        (change_of("templates", lambda t: t[:1]), "number of template levels"),
+        (change_of("templates", lambda t: [x[:0] for x in t]), "number of templates"),
+        (change_of("templates", lambda t: [t[0].repeat(2, 1, 1, 1), *t[1:]]), "template level 1 has shape"),
+        (change_of("templates", lambda t: [x * float("nan") for x in t]), "not finite"),
+        (change_of("sigma", lambda _: [torch.ones(4)]), "number of whitening levels"),
+        (change_of("sigma", lambda _: [torch.zeros(4)] * 2), "whitening that is not positive"),
+        (change_of("sigma", lambda _: [torch.ones(5)] * 2), "whitening has shape"),
+        (change_of("smooth", lambda _: -1.0), "smoothing"),
+        (change_of("smooth", lambda _: "much"), "smoothing"),
         (change_of("model", lambda m: {**m, "stem.weight": m["stem.weight"] / 0}), "not finite"),
         (change_of("model", lambda m: dict(list(m.items())[1:])), "stem.weight"),
         (change_of("calibration", lambda _: {"x": 1}), "not a calibration"),
         (change_of("metrics", lambda _: 3), "damaged"),
-        (lambda content: content.pop("template"), "no 'template'"),
+        (change_of("metrics", lambda m: {**m, "image_threshold": float("nan")}), "metric image_threshold"),
+        (change_of("metrics", lambda m: {**m, "pixel_threshold": "x"}), "metric pixel_threshold"),
+        (lambda content: content.pop("templates"), "no 'templates'"),
     ],
 )  # fmt: skip
 def test_a_checkpoint_that_does_not_fit_together_is_one_line(
@@ -128,10 +180,3 @@ def test_a_checkpoint_that_does_not_fit_together_is_one_line(
     assert (code, err.count("\n")) == (2, 1), err
     assert message in err
     assert "a.pt" in err
-
-
-def test_on_cuda_free_memory_limits_the_batch_of_an_evaluation(monkeypatch):
-    config = PyramidFlowConfig()  # a feature of 256x256x64
-    for free, expected in ((2**40, 16), (2**31, 4), (2**20, 1)):
-        monkeypatch.setattr(evaluation, "free_memory", lambda device, free=free: free)
-        assert evaluation_batch(config, torch.device("cuda")) == expected

@@ -10,22 +10,36 @@ import torch
 
 import export
 import predict
-from checkpoint import Trained
-from evaluation import at_mask_size
-from export import OnnxModel, export_onnx
-from loading import normalise
-from model import PyramidFlow, PyramidFlowConfig, anomaly_map, latent_template
+from export import METADATA_KEY, OnnxScorer, digest_entry, export_onnx
+from model import PyramidFlow, PyramidFlowConfig
+from scorer import LEVELS, Calibration, ScoreOptions, Scorer
 
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
-def trained_model(encoder, volume_norm, num_level):
+class Pictures:
+    """What scorer.py reads of dataset.Images, of images uint8 (N,h,w,3)."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def batches(self, batches):
+        return (self.images[batch] for batch in batches)
+
+
+def make_scorer(encoder="none", volume_norm="CVN", num_level=2, options=None, **changes):
     """With weights and statistics that are not the trivial ones of an untrained model."""
     torch.manual_seed(0)
     side = 2 ** (num_level - 1) * (1 if encoder == "none" else 4)
     config = PyramidFlowConfig(
-        encoder=encoder, num_level=num_level, num_stack=1, num_channel=4, kernel_size=3,
-        volume_norm=volume_norm, image_size=(max(side, 32), 2 * max(side, 32)),
+        **{
+            "encoder": encoder, "num_level": num_level, "num_stack": 1, "num_channel": 4, "kernel_size": 3,
+            "volume_norm": volume_norm, "image_size": (max(side, 32), 2 * max(side, 32)), **changes,
+        }
     )  # fmt: skip
     model = PyramidFlow(config)
     with torch.no_grad():
@@ -33,33 +47,51 @@ def trained_model(encoder, volume_norm, num_level):
             p.add_(0.05 * torch.randn_like(p))
         for _ in range(3):
             model(torch.randn(2, 3, *config.image_size))
-        model.eval()
-        template = latent_template(model, [model.encode(torch.randn(3, 3, *config.image_size))])
-    metrics = {"threshold": 0.5, "image_threshold": 0.6}
-    return Trained("a.pt", "widget", model, template, metrics, None)
+    images = Pictures(torch.randint(0, 256, (5, *config.image_size, 3), dtype=torch.uint8))
+    scorer = Scorer.fit(model, images, options, class_name="widget")
+    scorer.metrics = {"pixel_threshold": 0.5, "image_threshold": 0.6}
+    return scorer
+
+
+def assert_same_maps(scorer, path):
+    export_onnx(scorer, path)
+    exported = OnnxScorer(path)
+    assert exported.image_size == scorer.image_size
+    for batch in (1, 3):
+        images = torch.randint(0, 256, (batch, *exported.image_size, 3), dtype=torch.uint8)
+        maps, expected = exported.score(images), scorer.score(images)
+        assert maps.shape == (batch, 256, 256)
+        assert (maps - expected).abs().max() < 1e-4 * expected.max()
 
 
 @pytest.mark.parametrize("num_level", [2, 4, 8])
 @pytest.mark.parametrize("volume_norm", ["CVN", "SVN"])
 @pytest.mark.parametrize("encoder", ["none", "resnet18"])
 def test_onnxruntime_gives_the_same_maps_for_any_batch(tmp_path, encoder, volume_norm, num_level):
-    trained = trained_model(encoder, volume_norm, num_level)
-    export_onnx(trained, tmp_path / "a.onnx")
-    exported = OnnxModel(tmp_path / "a.onnx", torch.device("cpu"))
-    assert exported.image_size == trained.model.config.image_size
-    for batch in (1, 3):
-        images = torch.randint(0, 256, (batch, *exported.image_size, 3), dtype=torch.uint8)
-        maps = exported.score(images)
-        features = trained.model.encode(normalise(images))
-        expected = at_mask_size(anomaly_map(trained.model, features, trained.template)).numpy()
-        assert maps.shape == (batch, 256, 256)
-        assert np.abs(maps - expected).max() < 1e-4 * expected.max()
+    assert_same_maps(make_scorer(encoder, volume_norm, num_level), tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize("contrast", ["latent", "composed"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ScoreOptions("bank", 3, True, 4.0),
+        ScoreOptions("bank", 3, False, 0.0),
+        ScoreOptions("bank", 1, True, 0.0),
+    ],
+)
+def test_the_bank_is_in_the_graph(tmp_path, options, contrast):
+    assert_same_maps(make_scorer(options=options, contrast=contrast), tmp_path / "a.onnx")
+
+
+def test_maps_that_have_the_masks_size_already(tmp_path):
+    scorer = make_scorer(options=ScoreOptions("bank", 2, True, 3.0), image_size=(256, 256))
+    assert_same_maps(scorer, tmp_path / "a.onnx")
 
 
 def test_the_file_alone_is_enough(tmp_path):
     """Inputs, outputs and metadata are as export.py says, for programs that know nothing of this one."""
-    trained = trained_model("none", "CVN", 2)
-    export_onnx(trained, tmp_path / "a.onnx")
+    export_onnx(make_scorer(), tmp_path / "a.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"))
     (image,) = session.get_inputs()
     assert (image.name, image.type, image.shape[1:]) == ("image", "tensor(uint8)", [32, 64, 3])
@@ -69,6 +101,15 @@ def test_the_file_alone_is_enough(tmp_path):
     about = json.loads(session.get_modelmeta().custom_metadata_map["pyramidflow"])
     assert about["class"] == "widget"
     assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
+
+
+def test_metrics_and_thresholds_travel_along(tmp_path):
+    scorer = make_scorer()
+    scorer.calibration = Calibration([1.0, 2.0], np.linspace(0, 1, len(LEVELS)).tolist())
+    export_onnx(scorer, tmp_path / "a.onnx")
+    exported = OnnxScorer(tmp_path / "a.onnx")
+    for name in ("metrics", "calibration", "class_name"):
+        assert getattr(exported, name) == getattr(scorer, name)
 
 
 def test_export_and_predict_from_the_command_line(trained, tmp_path, run_main):
@@ -83,15 +124,27 @@ def test_export_and_predict_from_the_command_line(trained, tmp_path, run_main):
         assert code == 0, err
         tables.append(list(csv.DictReader((tmp_path / f"out{i}" / "scores.csv").open())))
     for a, b in zip(*tables, strict=True):
-        assert (a["path"], a["threshold"]) == (b["path"], b["threshold"])
+        for name in ("path", "threshold", "map"):
+            assert a[name] == b[name]
         assert float(a["score"]) == pytest.approx(float(b["score"]), rel=1e-4)
+
+
+# ----------------------------------------------------------------------------- files to refuse
+
+
+def assert_refused(run_main, path, message="is not a model that export.py wrote"):
+    out = path.parent / "out"
+    code, _, err = run_main(predict.main, [path, path.parent, "--out", out, "--gpu", "cpu"])
+    assert (code, err.count("\n")) == (2, 1), err
+    assert message in err
+    assert not out.exists()
 
 
 def test_an_existing_file_is_kept(trained, tmp_path, run_main):
     (tmp_path / "a.onnx").write_text("mine")
     code, _, err = run_main(export.main, [trained.checkpoint, tmp_path / "a.onnx"])
     assert code == 2
-    assert "exists; name a new file" in err
+    assert "exists; choose a new file" in err
     assert (tmp_path / "a.onnx").read_text() == "mine"
 
 
@@ -111,13 +164,127 @@ def test_a_missing_package_is_named(trained, tmp_path, run_main, monkeypatch, pa
 @pytest.mark.parametrize("content", [b"", b"no model", b"\x08\x0a\x12\x07pytorch"])
 def test_another_file_is_refused(tmp_path, run_main, content):
     (tmp_path / "a.onnx").write_bytes(content)
-    code, _, err = run_main(predict.main, [tmp_path / "a.onnx", tmp_path, "--out", tmp_path / "out"])
-    assert (code, err.count("\n")) == (2, 1)
-    assert "is not a model that export.py wrote" in err
+    assert_refused(run_main, tmp_path / "a.onnx")
+    (tmp_path / "a.onnx").write_bytes(content + digest_entry(content))
+    assert_refused(run_main, tmp_path / "a.onnx")
 
 
-def test_an_onnx_file_has_no_image_template(tmp_path, run_main):
-    export_onnx(trained_model("none", "SVN", 2), tmp_path / "a.onnx")
-    code, _, err = run_main(predict.main, [tmp_path / "a.onnx", "--template", tmp_path / "t.png"])
+def test_a_flipped_bit_is_refused(tmp_path, run_main):
+    """Wherever it is: in a weight it would change scores without a word."""
+    path = tmp_path / "a.onnx"
+    export_onnx(make_scorer(), path)
+    whole = path.read_bytes()
+    places = np.random.default_rng(0).integers(0, len(whole), 30).tolist()
+    for place in (*places, 0, len(whole) - 1, len(whole) - 70, whole.index(b"pixel_threshold") + 18):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        assert_refused(run_main, path)
+    for damaged in (whole[:-1], whole[:-76], whole + b"\0", whole[1:]):
+        path.write_bytes(damaged)
+        assert_refused(run_main, path)
+
+
+def test_a_file_that_onnx_wrote_again_is_still_the_model(tmp_path):
+    path = tmp_path / "a.onnx"
+    export_onnx(make_scorer(), path)
+    onnx.save(onnx.load(path), tmp_path / "b.onnx")
+    images = torch.zeros(1, 32, 64, 3, dtype=torch.uint8)
+    maps = [OnnxScorer(tmp_path / name).score(images) for name in ("a.onnx", "b.onnx")]
+    assert torch.equal(*maps)
+    onnx.checker.check_model(path)
+
+
+def sealed(proto):
+    """With a right digest, as somebody who knows how would write it."""
+    data = proto.SerializeToString()
+    return data + digest_entry(data)
+
+
+def with_metadata(proto, **changes):
+    (entry,) = [entry for entry in proto.metadata_props if entry.key == METADATA_KEY]
+    entry.value = json.dumps({**json.loads(entry.value), **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_size": [64, 64]},
+        {"image_size": [32]},
+        {"image_size": [32, 64, 3]},
+        {"image_size": [0, 64]},
+        {"image_size": [-32, 64]},
+        {"image_size": [32.0, 64]},
+        {"image_size": [10**9, 10**9]},
+        {"image_size": "32"},
+        {"metrics": {"image_threshold": "x"}},
+        {"metrics": None},
+        {"calibration": {"x": 1}},
+    ],
+)
+def test_metadata_that_do_not_fit_the_graph_are_refused(tmp_path, run_main, changes):
+    path = tmp_path / "a.onnx"
+    export_onnx(make_scorer(), path)
+    proto = onnx.load(path)
+    del proto.metadata_props[-1]
+    with_metadata(proto, **changes)
+    path.write_bytes(sealed(proto))
+    assert_refused(run_main, path)
+
+
+def foreign(inputs, outputs):
+    """A model of somebody else's that passes its input on."""
+    helper, uint8 = onnx.helper, onnx.TensorProto.UINT8
+    (name, shape), (result, _) = inputs, outputs
+    graph = helper.make_graph(
+        [helper.make_node("Identity", [name], [result])], "g",
+        [helper.make_tensor_value_info(name, uint8, shape)],
+        [helper.make_tensor_value_info(result, uint8, shape)],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def test_foreign_models_end_in_one_line(tmp_path, run_main, trained):
+    path = tmp_path / "a.onnx"
+    model = foreign(("image", ["b", 32, 32, 3]), ("y", None))
+    path.write_bytes(model.SerializeToString())
+    assert_refused(run_main, path)
+    path.write_bytes(sealed(model))
+    assert_refused(run_main, path)
+    about = {"class": "x", "image_size": [32, 32], "metrics": {}, "calibration": None}
+    model.metadata_props.add(key=METADATA_KEY, value=json.dumps(about))
+    path.write_bytes(sealed(model))  # it has no anomaly map
+    flags = ["--out", tmp_path / "out", "--gpu", "cpu", "--threshold", 1]
+    code, _, err = run_main(predict.main, [path, trained.data, *flags])
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "onnxruntime cannot run" in err
+
+
+def test_weights_in_another_file_are_refused(tmp_path, run_main):
+    path = tmp_path / "a.onnx"
+    export_onnx(make_scorer(), path)
+    proto = onnx.load(path)
+    del proto.metadata_props[-1]
+    onnx.save(proto, path, save_as_external_data=True, location="weights", size_threshold=0)
+    assert (tmp_path / "weights").exists()
+    assert_refused(run_main, path)
+    path.write_bytes(sealed(onnx.load(path, load_external_data=False)))
+    assert_refused(run_main, path)
+
+
+def test_a_bank_too_large_for_the_format_is_named(tmp_path):
+    scorer = make_scorer()
+    scorer.templates = tuple(t.expand(2**17, -1, -1, -1) for t in scorer.templates)
+    with pytest.raises(export.InputError, match="smaller --numTemplate"):
+        export_onnx(scorer, tmp_path / "a.onnx")
+
+
+def test_an_onnx_file_has_no_image_template_and_a_fixed_precision(tmp_path, run_main):
+    path = tmp_path / "a.onnx"
+    export_onnx(make_scorer("none", "SVN", 2), path)
+    code, _, err = run_main(predict.main, [path, "--template", tmp_path / "t.png"])
     assert code == 2
     assert "holds no inverse" in err
+    assert_refused_flag = run_main(predict.main, [path, tmp_path, "--precision", "fp32"])
+    assert assert_refused_flag[0] == 2
+    assert "the precision it was exported in" in assert_refused_flag[2]

@@ -6,9 +6,21 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from sklearn.metrics import precision_recall_curve, roc_auc_score
+from sklearn.metrics import average_precision_score, jaccard_score, precision_recall_curve, roc_auc_score
 
-from metrics import GroundTruth, evaluate_maps
+from metrics import (
+    METRICS,
+    TABLE_METRICS,
+    GroundTruth,
+    Metrics,
+    Ranking,
+    evaluate_maps,
+    mean_row,
+    metric_labels,
+    result_table,
+)
+
+pytestmark = pytest.mark.filterwarnings("error")
 
 
 def random_case(seed, ties):
@@ -54,34 +66,53 @@ def plain_aupro(maps, masks, limit):
 @pytest.mark.parametrize("seed", range(4))
 def test_equal_to_scikit_learn_and_to_plain_thresholds(seed, ties):
     maps, masks = random_case(seed, ties)
-    metrics = evaluate_maps(maps, truth_of(masks))
-    flat_masks, flat_maps = masks.flatten().numpy(), maps.flatten().numpy()
-    assert metrics.pixel_auroc == pytest.approx(roc_auc_score(flat_masks, flat_maps), abs=1e-12)
-    image_scores = maps.flatten(1).amax(1).numpy()
-    assert metrics.image_auroc == pytest.approx(
-        roc_auc_score(masks.flatten(1).any(1), image_scores), abs=1e-12
-    )
+    metrics = evaluate_maps(maps, truth_of(masks), pro_limit=0.1)
     assert metrics.pixel_pro == pytest.approx(plain_aupro(maps, masks, 1.0), abs=1e-9)
-    assert metrics.pixel_pro_30 == pytest.approx(plain_aupro(maps, masks, 0.3), abs=1e-9)
+    assert metrics.pixel_pro_limited == pytest.approx(plain_aupro(maps, masks, 0.1), abs=1e-9)
+    default = evaluate_maps(maps, truth_of(masks)).pixel_pro_limited
+    assert default == pytest.approx(plain_aupro(maps, masks, 0.3), abs=1e-9)
 
-    precision, recall, _ = precision_recall_curve(flat_masks, flat_maps)
-    best = np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12))
-    assert metrics.f1_max == pytest.approx(best, abs=1e-12)
-    flagged = flat_maps >= np.float32(metrics.threshold)
-    f1 = 2 * (flagged & flat_masks).sum() / (flagged.sum() + flat_masks.sum())
-    assert f1 == pytest.approx(metrics.f1_max, abs=1e-12)
+    pixels = (masks.flatten().numpy(), maps.flatten().numpy())
+    images = (masks.flatten(1).any(1).numpy(), maps.flatten(1).amax(1).numpy())
+    for items, (truth, scores) in {"pixel": pixels, "image": images}.items():
+        found = {key.removeprefix(f"{items}_"): value for key, value in vars(metrics).items()}
+        assert found["auroc"] == pytest.approx(roc_auc_score(truth, scores), abs=1e-12)
+        assert found["ap"] == pytest.approx(average_precision_score(truth, scores), abs=1e-12)
+        precision, recall, _ = precision_recall_curve(truth, scores)
+        best = np.max(2 * precision * recall / np.maximum(precision + recall, 1e-12))
+        assert found["f1_max"] == pytest.approx(best, abs=1e-12)
+        flagged = scores >= np.float32(found["threshold"])
+        f1 = 2 * (flagged & truth).sum() / (flagged.sum() + truth.sum())
+        assert f1 == pytest.approx(found["f1_max"], abs=1e-12)
+        if items == "pixel":
+            assert found["iou_max"] == pytest.approx(jaccard_score(truth, flagged), abs=1e-12)
+
+
+def test_iou_max_is_the_best_of_all_thresholds():
+    maps, masks = random_case(0, ties=True)
+    overlaps = [jaccard_score(masks.flatten(), (maps >= t).flatten()) for t in maps.unique()]
+    assert evaluate_maps(maps, truth_of(masks)).iou_max == pytest.approx(max(overlaps), abs=1e-12)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_precision_recall_curve_is_that_of_all_pixels(ties):
+    maps, masks = random_case(1, ties)
+    precision, recall = Ranking(maps[~masks], maps[masks]).precision_recall()
+    expected, expected_recall, scores = precision_recall_curve(masks.flatten(), maps.flatten())
+    at_defective = np.append(np.isin(scores, maps[masks].numpy()), True)
+    assert precision == pytest.approx(expected[at_defective], abs=1e-12)
+    assert recall == pytest.approx(expected_recall[at_defective], abs=1e-12)
 
 
 def test_perfect_and_inverted_maps():
     _, masks = random_case(0, ties=False)
     truth = truth_of(masks)
     perfect = evaluate_maps(masks.float(), truth)
-    values = (perfect.pixel_auroc, perfect.pixel_pro, perfect.pixel_pro_30, perfect.f1_max)
-    assert values == pytest.approx((1, 1, 1, 1))
-    assert perfect.threshold == 1.0
+    assert [getattr(perfect, key) for key in METRICS] == pytest.approx([1] * len(METRICS))
+    assert (perfect.pixel_threshold, perfect.image_threshold) == (1.0, 1.0)
     inverted = evaluate_maps(-masks.float(), truth)
     assert inverted.pixel_auroc == pytest.approx(0)
-    assert inverted.pixel_pro_30 == pytest.approx(0)
+    assert inverted.pixel_pro_limited == pytest.approx(0)
 
 
 def test_all_scores_equal():
@@ -90,15 +121,18 @@ def test_all_scores_equal():
     assert metrics.pixel_auroc == pytest.approx(0.5)
     assert metrics.image_auroc == pytest.approx(0.5)
     assert metrics.pixel_pro == pytest.approx(0.5)
-    assert metrics.pixel_pro_30 == pytest.approx(0.15)  # the diagonal up to 0.3
-    assert metrics.threshold == pytest.approx(0.7)
+    assert metrics.pixel_pro_limited == pytest.approx(0.15)  # the diagonal up to 0.3
+    assert metrics.pixel_ap == pytest.approx(masks.double().mean().item())
+    assert metrics.image_ap == pytest.approx(4 / 6)
+    assert metrics.pixel_threshold == metrics.image_threshold == pytest.approx(0.7)
 
 
 def test_negative_zero_ties_with_zero():
     masks = torch.zeros(2, 1, 2, dtype=torch.bool)
     masks[1] = True
     maps = torch.tensor([[[-0.0, 0.0]], [[0.0, -0.0]]])
-    assert evaluate_maps(maps, truth_of(masks)).pixel_auroc == pytest.approx(0.5)
+    metrics = evaluate_maps(maps, truth_of(masks))
+    assert (metrics.pixel_auroc, metrics.pixel_ap) == pytest.approx((0.5, 0.5))
 
 
 def test_a_defect_of_one_pixel():
@@ -109,7 +143,7 @@ def test_a_defect_of_one_pixel():
     above = int((maps > maps[1, 3, 4]).sum())
     assert metrics.pixel_auroc == pytest.approx(1 - above / 127)
     assert metrics.pixel_pro == pytest.approx(1 - above / 127)
-    assert metrics.pixel_pro_30 == pytest.approx(max(0, 0.3 - above / 127) / 0.3)
+    assert metrics.pixel_pro_limited == pytest.approx(max(0, 0.3 - above / 127) / 0.3)
 
 
 def test_regions_count_equally_and_touch_diagonally():
@@ -131,8 +165,13 @@ def test_the_image_label_comes_from_the_folder():
         torch.stack([torch.zeros(4, 4), torch.ones(4, 4)]),
         GroundTruth.from_masks(torch.tensor([False, True]), masks),
     )
-    assert metrics.image_auroc == 1.0
-    assert (metrics.pixel_auroc, metrics.pixel_pro, metrics.f1_max) == (None, None, None)
+    assert (metrics.image_auroc, metrics.image_ap, metrics.image_f1_max) == (1.0, 1.0, 1.0)
+    assert_pixels_undefined(metrics)
+
+
+def assert_pixels_undefined(metrics):
+    of_images = {"image_auroc", "image_ap", "image_f1_max", "image_threshold"}
+    assert all((value is not None) == (key in of_images) for key, value in vars(metrics).items())
 
 
 def test_nothing_defective_nothing_good_no_masks():
@@ -140,15 +179,13 @@ def test_nothing_defective_nothing_good_no_masks():
     nothing = evaluate_maps(maps, truth_of(torch.zeros_like(masks)))
     assert set(vars(nothing).values()) == {None}
     all_defective = evaluate_maps(maps[2:], truth_of(masks[2:]))
-    assert all_defective.image_auroc is None
-    assert all_defective.pixel_auroc is not None
+    for key, value in vars(all_defective).items():
+        assert (value is None) == key.startswith("image")
     all_masked = evaluate_maps(maps, truth_of(torch.ones_like(masks)))
-    assert (all_masked.pixel_auroc, all_masked.pixel_pro) == (None, None)
-    no_masks = evaluate_maps(maps, GroundTruth.from_masks(masks.flatten(1).any(1), None))
-    assert no_masks.image_auroc is not None
-    assert (no_masks.pixel_auroc, no_masks.pixel_pro, no_masks.pixel_pro_30, no_masks.f1_max) == (
-        None,
-    ) * 4
+    assert set(vars(all_masked).values()) == {None}
+    assert_pixels_undefined(evaluate_maps(maps, GroundTruth.from_masks(masks.flatten(1).any(1), None)))
+    no_images = evaluate_maps(maps[:0], truth_of(masks[:0]))
+    assert set(vars(no_images).values()) == {None}
 
 
 def test_counting_does_not_stop_at_2_to_the_24():
@@ -177,3 +214,25 @@ def test_shapes_that_disagree_are_refused():
         evaluate_maps(maps[:5], truth_of(masks))
     with pytest.raises(ValueError, match="masks"):
         evaluate_maps(maps[:, :10], truth_of(masks))
+
+
+def test_labels_follow_the_limit_and_every_metric_has_one():
+    assert [*vars(Metrics())] == [*METRICS, "pixel_threshold", "image_threshold"]
+    assert metric_labels() == METRICS
+    assert metric_labels(0.05) == {**METRICS, "pixel_pro_limited": "PRO@0.05"}
+
+
+def test_the_table_is_in_percent_and_ends_with_the_mean_of_what_is_defined():
+    first = dict.fromkeys(METRICS, 0.5)
+    second = {**first, "pixel_auroc": 0.98766, "image_auroc": None}
+    rows = [("tile", "15 (last)", first), ("zipper", "3", second)]
+    header, rule, *lines = result_table([*rows, *mean_row(rows)], pro_limit=0.1).splitlines()
+    cells = [cell.strip() for cell in header.strip("|").split("|")]
+    assert cells == ["class", "epoch", *(metric_labels(0.1)[key] for key in TABLE_METRICS)]
+    assert rule.count("---") == len(cells)
+    assert lines[0].startswith("| tile | 15 (last) | 50.00 | 50.00 |")
+    assert lines[1].startswith("| zipper | 3 | 98.77 | n/a | 50.00 |")
+    assert lines[2].startswith("| mean of 2 |  | 74.38 | 50.00 | 50.00 |")
+    nothing = [("a", "1", dict.fromkeys(METRICS))]
+    assert set(mean_row(nothing)[0][2].values()) == {None}
+    assert mean_row([]) == []

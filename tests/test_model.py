@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import convolution
-import model as model_module
+import kernels
 from autoFlow import SequentialNet
 from model import (
     CouplingBlock,
@@ -18,15 +17,14 @@ from model import (
     LaplacianPyramid,
     PyramidFlow,
     PyramidFlowConfig,
-    anomaly_map,
+    compare,
     coupling_schedule,
-    latent_template,
     load_encoder_weights,
     pair_loss,
     training_loss,
     zero_loss,
 )
-from official import convert_state_dict
+from tools.convert_official import convert_state_dict
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("*.pt"))
 SMALL = {"encoder": "none", "num_channel": 3, "kernel_size": 3, "image_size": (16, 16)}
@@ -53,6 +51,18 @@ def images(model, batch=2):
     generator = torch.Generator().manual_seed(1)
     shape = (batch, 3, *model.config.image_size)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+@torch.no_grad()
+def latent_template(model, x):
+    latents, _ = model.eval()(x)
+    return tuple(z.mean(0, keepdim=True).to(memory_format=kernels.MEMORY_FORMAT) for z in latents)
+
+
+@torch.no_grad()
+def anomaly_map(model, x, template):
+    latents, _ = model.eval()(x)
+    return compare(model.pyramid, latents, template, torch.abs, model.config.contrast)
 
 
 # ------------------------------------------------------------- parity with the official program
@@ -134,9 +144,9 @@ def test_parity_of_scoring(official, save_memory):
     assert_all_parity(levels, official["eval_pyramid"], "pyramid")
     assert_all_parity(latents, official["eval_output"], "latents")
     assert_all_parity(logdets, official["eval_logdets"], "log-dets")
-    template = latent_template(model, [model.encode(official["train_input"])])
+    template = latent_template(model, official["train_input"])
     assert_all_parity(template, official["template"], "template")
-    maps = anomaly_map(model, model.encode(official["eval_input"]), template)
+    maps = anomaly_map(model, official["eval_input"], template)
     assert_parity(maps, official["anomaly_map"], "anomaly map")
 
 
@@ -261,15 +271,16 @@ def test_one_memory_format_from_the_images_to_the_anomaly_maps(
     way, dtype, volume_norm, save_memory, monkeypatch
 ):
     """Also of all gradients: a copy into another layout, or work on one, takes longer than the work itself."""
-    monkeypatch.setattr(convolution, "pays_in_frequency_domain", lambda *_: way == "frequency domain")
+    monkeypatch.setattr(kernels, "pays_in_frequency_domain", lambda *_: way == "frequency domain")
     model = small_model(
         num_level=4, num_stack=1, volume_norm=volume_norm, image_size=(64, 64), save_memory=save_memory
     ).float()
     model.compute_networks_in(dtype)
     x = images(model).float()
+    template = latent_template(model, x)
     with OtherLayouts(model.config) as other:
-        training_loss(model, model.encode(x)).backward()
-        anomaly_map(model, model.encode(x), latent_template(model, [model.encode(x)]))
+        training_loss(model, *model.train()(x)).backward()
+        anomaly_map(model, x, template)
     assert not other.found
 
 
@@ -282,6 +293,16 @@ def test_an_untrained_block_is_its_1x1_convolution():
     for block, latent, level in ((up, latents[0], levels[0]), (down, latents[1], levels[1])):
         matrix = block.conv1x1.matrix(torch.float32)
         torch.testing.assert_close(latent, torch.einsum("oc,bchw->bohw", matrix, level))
+
+
+@pytest.mark.parametrize("volume_norm", ["CVN", "SVN", "none"])
+def test_a_traced_model_gives_the_same_latents_for_any_batch(volume_norm):
+    model = small_model(num_stack=1, volume_norm=volume_norm).eval()
+    shapes = {"images": {0: torch.export.Dim("batch")}, "logdets": None}
+    with torch.no_grad():
+        program = torch.export.export(model, (images(model), False), dynamic_shapes=shapes)
+        x = images(model, batch=3)
+        torch.testing.assert_close(program.module()(x, False), model(x))
 
 
 # -------------------------------------------------------------------------------------- parts
@@ -303,7 +324,7 @@ def test_pyramid_composes_back_and_keeps_sizes():
 
 
 def test_a_constant_coarse_level_is_darkened_at_the_borders():
-    """Zero padding in Up: 1.00 in the centre, 0.35 at the edge, 0.12 in the corner at L = 4."""
+    """Zero padding in Up: 1.00 in the center, 0.35 at the edge, 0.12 in the corner at L = 4."""
     levels = tuple(torch.full((1, 1, 256 >> i, 256 >> i), float(i == 3)) for i in range(4))
     composed = LaplacianPyramid(4).compose(levels)[0, 0]
     values = [composed[128, 128].item(), composed[0, 128].item(), composed[0, 0].item()]
@@ -312,15 +333,15 @@ def test_a_constant_coarse_level_is_darkened_at_the_borders():
 
 @pytest.mark.parametrize("volume_norm", ["CVN", "SVN", "none"])
 def test_down_computes_only_what_is_read(volume_norm):
-    """Equal to computing the parameters at x_i's size, normalising, and interpolating them down."""
+    """Equal to computing the parameters at x_i's size, normalizing, and interpolating them down."""
     model = small_model(num_level=2, num_stack=1, volume_norm=volume_norm).train()
     block = model.flow[0]
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     parameters = block.transform_parameters((x, None))
+    scale, t = parameters
     s = block.log_det(*parameters)
     if volume_norm == "none":
         s = s - block.conv1x1.log_det() / 3
-    scale, t = (rows.reshape(2, 8, 8, 3).permute(0, 3, 1, 2) for rows in parameters)
     hidden = F.leaky_relu(F.conv2d(x, block.affine.conv1.weight, padding=1), 0.01)
     s0, t0 = F.conv2d(hidden, block.affine.conv2.weight, padding=1).chunk(2, dim=1)
     s0 = 2 * 0.636 * torch.atan(s0 / 2)
@@ -343,7 +364,7 @@ def test_down_computes_only_what_is_read(volume_norm):
 @pytest.mark.parametrize("strip_elements", [2**17, 48])
 def test_coupling_by_strips_equals_its_formula(kind, dims, strip_elements, monkeypatch):
     """s = b - mean(b), b = clamp * 0.636 * atan(s0 / clamp); y = A (exp(s) x + t); with all gradients."""
-    monkeypatch.setattr(model_module, "STRIP_ELEMENTS", strip_elements)
+    monkeypatch.setattr(kernels, "STRIP_ELEMENTS", strip_elements)
     model = small_model(num_level=2, num_stack=1, volume_norm=kind).train()
     block = model.flow[1]
     small, x = (torch.randn(2, 3, n, n, dtype=torch.float64, requires_grad=True) for n in (8, 16))
@@ -431,8 +452,7 @@ def test_spatial_loss_is_the_mean_composed_difference():
 def test_zero_template_compares_each_image_with_zero(kind, contrast):
     """Ablation II."""
     model = small_model(contrast=contrast)
-    features = model.encode(images(model, batch=3)).detach()
-    latents, _ = model.latents(features)
+    latents, _ = model(images(model, batch=3))
     singles = [
         pair_loss(
             model.pyramid, tuple(torch.cat([z[i : i + 1], 0 * z[:1]]) for z in latents), kind, contrast
@@ -440,7 +460,8 @@ def test_zero_template_compares_each_image_with_zero(kind, contrast):
         for i in range(3)
     ]
     torch.testing.assert_close(zero_loss(model.pyramid, latents, kind, contrast), sum(singles) / 3)
-    torch.testing.assert_close(training_loss(model, features, kind, "zero"), sum(singles) / 3)
+    loss = training_loss(model, latents, kind=kind, template="zero")
+    torch.testing.assert_close(loss, sum(singles) / 3)
 
 
 @pytest.mark.parametrize("kind", ["fourier", "spatial"])
@@ -457,12 +478,10 @@ def test_composed_contrast_takes_the_difference_at_full_resolution(kind):
 def test_composed_contrast_of_maps():
     model = small_model(contrast="composed").eval()
     x = images(model, batch=3)
-    features = model.encode(x)
-    template = tuple(t.double() for t in latent_template(model, [features]))
+    template = latent_template(model, x)
     with torch.no_grad():
-        latents, _ = model.latents(features)
-        difference = model.pyramid.compose(latents) - model.pyramid.compose(template)
-    torch.testing.assert_close(anomaly_map(model, features, template), difference.abs().mean(1))
+        difference = model.pyramid.compose(model(x)[0]) - model.pyramid.compose(template)
+    torch.testing.assert_close(anomaly_map(model, x, template), difference.abs().mean(1))
 
 
 def test_likelihood_loss_is_that_of_a_gaussian_under_the_flow():
@@ -474,27 +493,20 @@ def test_likelihood_loss_is_that_of_a_gaussian_under_the_flow():
     z = torch.cat([x.flatten() for x in model.latents(features)[0]])
     normal = torch.distributions.Normal(0, 1)
     expected = -(normal.log_prob(z).sum() + torch.linalg.slogdet(jacobian)[1]) / z.numel()
-    loss = training_loss(model, features, "likelihood") + 0.5 * math.log(2 * math.pi)
+    loss = training_loss(model, *model.latents(features, logdets=True), "likelihood") + 0.5 * math.log(
+        2 * math.pi
+    )
     torch.testing.assert_close(loss, expected.detach(), check_dtype=False)
 
 
-def test_template_is_the_mean_latent_whatever_the_batches():
-    model = small_model().eval()
-    x = images(model, batch=5)
-    template = latent_template(model.train(), model.encode(x).split(2))
-    latents, _ = model.eval()(x)
-    for mean, z in zip(template, latents, strict=True):
-        torch.testing.assert_close(mean, z.mean(0, keepdim=True).float().detach())
-    with pytest.raises(ValueError, match="at least one image"):
-        latent_template(model, [])
-
-
-def test_anomaly_map_of_the_template_itself_is_zero():
-    model = small_model().float().eval()
-    x = images(model, batch=1).float()
-    maps = anomaly_map(model, model.encode(x), latent_template(model, [model.encode(x)]))
-    assert maps.shape == (1, 16, 16)
-    assert maps.abs().max() < 1e-5
+def test_maps_compare_each_image_with_the_template():
+    model = small_model()
+    x = images(model, batch=3)
+    template = latent_template(model, x[:1])
+    maps = anomaly_map(model, x, template)
+    assert maps.shape == (3, 16, 16)
+    assert maps[0].abs().max() < 1e-12
+    torch.testing.assert_close(maps[1:2], anomaly_map(model, x[1:2], template))
 
 
 # --------------------------------------------------------------------- configuration and stems

@@ -4,6 +4,8 @@ import csv
 import os
 import subprocess
 import sys
+from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,10 @@ import torch
 from conftest import SMALL, make_class
 
 import train
-from checkpoint import load_checkpoint
-from loading import training_plan
-from model import training_loss
-from parallel import World
-from run import State
-from settings import Settings, parse_settings
+from dataset import Augmentation, Images, normalize, training_order
+from model import PyramidFlow, training_loss
+from scorer import Scorer, TestSet, load_checkpoint
+from util import Clock, InputError, seed_everything
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -29,9 +29,9 @@ def data(tmp_path_factory):
     return root
 
 
-def flags(data, save_dir):
-    own = ["--cls", "tile", "--epochs", 2, "--datapath", data, "--saveDir", save_dir]
-    return list(map(str, [*SMALL, *own]))
+def flags(data, *extra):
+    own = ["--cls", "tile", "--epochs", 2, "--datapath", data, "--score", "bank"]
+    return list(map(str, [*SMALL, *own, "--numTemplate", 3, *extra]))
 
 
 @pytest.fixture(scope="module")
@@ -41,87 +41,109 @@ def by_two(data, tmp_path_factory):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
                "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", ROOT / "train.py"]  # fmt: skip
     done = subprocess.run(
-        [*map(str, command), *flags(data, save_dir)],
+        [*map(str, command), *flags(data, "--saveDir", save_dir)],
         cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 1: loss") == 1
     (run,) = save_dir.iterdir()
     return run
 
 
+@dataclass
+class Training:
+    """One process's: the model, each epoch's mean loss, and its scorers, --score's last."""
+
+    model: PyramidFlow
+    losses: list[float]
+    scorers: list[list[Scorer]]
+
+
 @pytest.fixture(scope="module")
-def by_one(data, tmp_path_factory):
+def by_one(data):
     """One process that averages the gradients and the statistics of the two pairs of each step."""
-    settings: Settings = parse_settings("", flags(data, tmp_path_factory.mktemp("one")))[0]
-    training = train.Training.prepare(settings, CPU, World())
-    model, results = training.model, []
-    for _ in range(2):
-        plan = training_plan(9, 2, "flips and turns")
+    args = train.parse_arguments(flags(data))
+    config, found = train.model_config(args), train.check_class(args)
+    seed_everything(args.seed)
+    model = PyramidFlow(config)
+    optimizer = train.make_optimizer(model, args)
+    train_set = Images(found.train, config.image_size, "ram", CPU, 1, "training images")
+    test_set = TestSet.load(found, config, "ram", 1, CPU)
+    augment = Augmentation.create(args.augment, "tile", config.image_size, args.seed)
+    assert augment is not None
+    training = Training(model, [], [])
+    for epoch in (1, 2):
+        order, losses = training_order(9, 2), []
         model.train()
-        for pair in (plan[0:2], plan[2:4]):
-            statistics = [b.clone() for b in model.buffers()]
-            moved = []
-            training.optimizer.zero_grad()
-            for features in training.train_set.batches(pair):
-                for buffer, before in zip(model.buffers(), statistics, strict=True):
-                    buffer.copy_(before)
-                (training_loss(model, features) / 2).backward()
-                moved.append([b.clone() for b in model.buffers()])
-            for buffer, *both in zip(model.buffers(), *moved, strict=True):
-                buffer.copy_(sum(both) / 2)
-            torch.nn.utils.clip_grad_norm_(model.flow.parameters(), train.MAX_GRADIENT_NORM)
-            training.optimizer.step()
-        results.append(training.evaluate(train.Clock(CPU)))
-    return training, results
+        for pair in (order[0:2], order[2:4]):
+            losses += step_on_two(model, optimizer, train_set.batches(pair, augment, epoch), args)
+        training.losses.append(sum(losses) / len(losses))
+        evaluated = train.evaluate(model, train_set, test_set, args, Clock(CPU))
+        training.scorers.append([scorer for scorer, _ in evaluated])
+    return training
 
 
-def test_the_same_weights_statistics_and_template(by_two, by_one):
-    training, results = by_one
+def step_on_two(model, optimizer, batches, args: Namespace) -> list[float]:
+    """The losses of both batches; each moves the running statistics from where they were."""
+    statistics = [b.clone() for b in model.buffers()]
+    losses, moved = [], []
+    optimizer.zero_grad()
+    for images in batches:
+        for buffer, before in zip(model.buffers(), statistics, strict=True):
+            buffer.copy_(before)
+        loss = training_loss(model, *model(normalize(images)))
+        (loss / 2).backward()
+        losses.append(float(loss.detach()))
+        moved.append([b.clone() for b in model.buffers()])
+    for buffer, *both in zip(model.buffers(), *moved, strict=True):
+        buffer.copy_(sum(both) / 2)
+    torch.nn.utils.clip_grad_norm_(model.flow.parameters(), args.clipNorm)
+    optimizer.step()
+    return losses
+
+
+def test_the_same_weights_and_statistics(by_two, by_one):
     checkpoint = load_checkpoint(by_two / "last.pt")
-    for name, x in training.model.state_dict().items():
+    for name, x in by_one.model.state_dict().items():
         torch.testing.assert_close(checkpoint["model"][name], x, rtol=1e-4, atol=1e-6, msg=name)
-    for ours, theirs in zip(checkpoint["template"], results[-1][0], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_templates_whitening_and_thresholds(by_two, by_one):
+    theirs, ours = Scorer.load(by_two / "last.pt"), by_one.scorers[-1][-1]
+    assert len(ours.templates[0]) == 3
+    for a, b in zip((*theirs.templates, *theirs.sigma), (*ours.templates, *ours.sigma), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    for name in ("image_scores", "pixel_scores"):
+        expected = pytest.approx(getattr(ours.calibration, name), rel=1e-3)
+        assert getattr(theirs.calibration, name) == expected, name
 
 
 def test_the_same_metrics_in_one_folder(by_two, by_one):
     rows = list(csv.DictReader((by_two / "metrics.csv").open()))
-    for row, (_, metrics) in zip(rows, by_one[1], strict=True):
-        for name in ("pixel_auroc", "image_auroc", "pixel_pro", "f1_max"):
-            assert float(row[name]) == pytest.approx(getattr(metrics, name), abs=1e-4), name
+    scorers = [scorer for epoch in by_one.scorers for scorer in epoch]
+    assert [(row["epoch"], row["score"]) for row in rows] == [
+        (str(epoch), score) for epoch in (1, 2) for score in ("paper", "bank")
+    ]
+    for row, scorer in zip(rows, scorers, strict=True):
+        assert float(row["loss"]) == pytest.approx(by_one.losses[int(row["epoch"]) - 1], rel=1e-4)
+        for name in ("pixel_auroc", "image_auroc", "pixel_pro", "pixel_f1_max"):
+            assert float(row[name]) == pytest.approx(scorer.metrics[name], abs=1e-4), name
     assert (by_two / "result.json").is_file()
     assert (by_two / "pictures" / "roc_pro.png").is_file()
 
 
-def test_alone_nothing_is_exchanged():
-    world = World.join(CPU)
-    assert world == World()
-    assert world.share(range(5)) == list(range(5))
-    module = torch.nn.Linear(2, 2)
-    assert world.wrap(module) is module
-    x = torch.rand(3)
-    assert world.collect(x, 3) is x
-    assert world.total([x], 4) == ([x], 4)
-    assert world.any(True)
-    assert not world.any(False)
-    tensor, fills = world.shared_bytes((2, 3))
-    assert fills
-    assert tensor.shape == (2, 3)
-
-
-def test_what_two_processes_share():
-    first, second = World(0, 2, 0), World(1, 2, 1)
-    assert (first.is_main, second.is_main) == (True, False)
-    assert (first.share(range(5)), second.share(range(5))) == ([0, 2, 4], [1, 3])
-    assert (first.share(range(5), equal=True), second.share(range(5), equal=True)) == ([0, 2], [1, 3])
-
-
-def test_more_processes_than_pairs_are_refused():
-    settings = Settings(batchSize=2)
-    with pytest.raises(train.InputError, match="start fewer"):
-        train.check_batch_size(settings, 6, 4)
+def test_more_processes_than_pairs_are_refused(data, monkeypatch):
+    monkeypatch.setattr(train, "world_size", lambda: 5)
+    with pytest.raises(InputError, match="start fewer"):
+        train.check_class(train.parse_arguments(flags(data)))
 
 
 def test_the_state_is_that_of_all_processes(by_two):
-    state = State(**load_checkpoint(by_two / "state.pt")["state"])
-    assert (state.epoch, state.losses) == (3, [])
+    state = load_checkpoint(by_two / "state.pt")
+    assert (state["epoch"], state["processes"]) == (3, 2)
+
+
+def test_a_run_is_resumed_by_as_many_processes(by_two, data, run_main):
+    code, _, err = run_main(train.main, ["--resume", by_two, "--epochs", 3])
+    assert (code, err.count("\n")) == (2, 1)
+    assert "start 2 processes" in err

@@ -9,9 +9,10 @@ from conftest import make_class, save_image
 from PIL import Image
 
 import predict
-from checkpoint import Trained, load_checkpoint, save_checkpoint
+import scorer
 from dataset import open_class
-from evaluation import TestSet
+from model import PyramidFlow, PyramidFlowConfig
+from scorer import ScoreOptions, Scorer
 
 
 def run(run_main, trained, tmp_path, *extra, images=None):
@@ -30,23 +31,25 @@ def test_scores_maps_masks_and_pictures(trained, tmp_path, run_main):
     assert "6 images, " in out
     assert "images/s" in out
     device = torch.device("cpu")
-    loaded = Trained.load(trained.checkpoint, device, "fp32")
-    test_set = TestSet.load(open_class(trained.data, "widget"), loaded.model, "ram", 1, device)
-    maps = test_set.anomaly_maps(loaded.model, loaded.template).numpy()
+    loaded = Scorer.load(trained.checkpoint, device, "fp32")
+    test_set = scorer.TestSet.load(open_class(trained.data, "widget"), loaded.config, "ram", 1, device)
+    maps = loaded.score_all(test_set.images).numpy()
     rows = table(tmp_path)
-    assert list(rows[0]) == ["path", "score", "decision", "threshold"]
+    assert list(rows[0]) == ["path", "score", "decision", "threshold", "map"]
     for row, image, anomaly in zip(rows, test_set.data.test, maps, strict=True):
         assert row["path"] == str(image.path)
         assert float(row["score"]) == pytest.approx(anomaly.max(), rel=1e-5)
         assert (row["decision"] == "defective") == (float(row["score"]) >= float(row["threshold"]))
         name = f"{image.kind}/{image.path.stem}"
-        raw = np.asarray(Image.open(tmp_path / "out" / "maps" / f"{name}.tiff"))
+        assert row["map"] == f"maps/{name}.tiff"
+        raw = np.asarray(Image.open(tmp_path / "out" / row["map"]))
         assert raw.dtype == np.float32
         expected = Image.fromarray(anomaly).resize((32, 32), Image.Resampling.BILINEAR)
         np.testing.assert_allclose(raw, np.asarray(expected), rtol=1e-4)
         mask = np.asarray(Image.open(tmp_path / "out" / "masks" / f"{name}.png"))
-        assert np.array_equal(mask == 255, raw >= np.float32(loaded.metrics["threshold"]))
+        assert np.array_equal(mask == 255, raw >= np.float32(loaded.metrics["pixel_threshold"]))
         assert Image.open(tmp_path / "out" / "overlays" / f"{name}.png").size == (32, 32)
+    assert len(list((tmp_path / "out").rglob("*.*"))) == 3 * 6 + 1  # nothing half written is left
     # F1-max on the test set: these decisions are the best that one threshold can make.
     assert [row["decision"] for row in rows] == ["good"] * 3 + ["defective"] * 3
 
@@ -56,7 +59,7 @@ def test_any_size_and_mode(trained, tmp_path, run_main):
     save_image(folder / "gray.png", np.full((50, 70), 100, np.uint8))
     save_image(folder / "deep.png", np.full((20, 30), 40000, np.uint16))
     save_image(folder / "alpha.png", np.full((33, 31, 4), 200, np.uint8))
-    Image.new("P", (40, 20)).save(folder / "palette.BMP")
+    Image.new("L", (40, 20)).convert("P").save(folder / "palette.BMP")
     Image.new("1", (7, 5)).save(folder / "tiny.tif")
     Image.new("CMYK", (64, 16)).save(folder / "print.jpg")
     code, out, err = run(run_main, trained, tmp_path, "--batchSize", 4, images=[folder])
@@ -90,7 +93,19 @@ def test_images_of_the_same_name_do_not_overwrite_each_other(trained, tmp_path, 
     images = [tmp_path / "x", tmp_path / "y", tmp_path / "a.png", tmp_path / "y" / "a.png"]
     code, _, err = run(run_main, trained, tmp_path, images=images)
     assert code == 0, err
-    assert len(list((tmp_path / "out" / "maps").rglob("*.tiff"))) == len(table(tmp_path)) == 5
+    maps = [tmp_path / "out" / row["map"] for row in table(tmp_path)]
+    assert len(set(maps)) == len(maps) == 5
+    assert set(maps) == set((tmp_path / "out" / "maps").rglob("*.tiff"))
+
+
+def test_names_that_leave_no_room_for_a_suffix(trained, tmp_path, run_main):
+    image = np.zeros((32, 32, 3), np.uint8)
+    for name in ("x" * 251, "x" * 250 + "y", "\u00e4" * 125 + "z"):
+        save_image(tmp_path / "images" / f"{name}.png", image)
+    code, _, err = run(run_main, trained, tmp_path, images=[tmp_path / "images"])
+    assert code == 0, err
+    assert len({row["map"] for row in table(tmp_path)}) == 3
+    assert all((tmp_path / "out" / row["map"]).is_file() for row in table(tmp_path))
 
 
 def test_a_folder_with_results_is_not_written_to(trained, tmp_path, run_main):
@@ -98,13 +113,12 @@ def test_a_folder_with_results_is_not_written_to(trained, tmp_path, run_main):
     before = (tmp_path / "out" / "scores.csv").read_bytes()
     code, _, err = run(run_main, trained, tmp_path)
     assert code == 2
-    assert "is not empty; name a new folder" in err
+    assert "is not empty; choose a new folder" in err
     assert (tmp_path / "out" / "scores.csv").read_bytes() == before
 
 
 def test_thresholds_without_labels_follow_the_quantiles(trained, tmp_path, run_main):
-    content = load_checkpoint(trained.checkpoint)
-    scores = content["calibration"]["image_scores"]
+    scores = Scorer.load(trained.checkpoint).calibration.image_scores
     for quantile in (0.0, 1.0):
         out = tmp_path / str(quantile)
         out.mkdir()
@@ -113,15 +127,15 @@ def test_thresholds_without_labels_follow_the_quantiles(trained, tmp_path, run_m
         assert float(table(out)[0]["threshold"]) == pytest.approx(scores[-int(quantile)], rel=1e-5)
 
 
-def test_an_unfinished_run_needs_another_threshold(trained, tmp_path, run_main):
-    content = load_checkpoint(trained.checkpoint)
-    del content["calibration"]
-    save_checkpoint(tmp_path / "last.pt", content)
+def test_without_scores_of_good_images_another_threshold_is_needed(trained, tmp_path, run_main):
+    scorer = Scorer.load(trained.checkpoint)
+    scorer.calibration = None
+    scorer.save(tmp_path / "last.pt")
     images = [trained.data / "widget" / "test"]
     flags = ["--out", tmp_path / "out", "--gpu", "cpu"]
     code, _, err = run_main(predict.main, [tmp_path / "last.pt", *images, *flags])
     assert code == 2
-    assert "--threshold f1 or a number" in err
+    assert "use --threshold f1 or a number" in err
     code, _, err = run_main(predict.main, [tmp_path / "last.pt", *images, *flags, "--threshold", "0.5"])
     assert code == 0, err
 
@@ -138,16 +152,25 @@ def test_the_image_template(trained, tmp_path, run_main):
     assert np.abs(template - np.mean(images, axis=0)).mean() < 10
     code, _, err = run(run_main, trained, tmp_path, "--template", path, images=[])
     assert code == 2
-    assert "exists; name a new file" in err
+    assert "exists; choose a new file" in err
+
+
+def test_the_image_template_of_a_bank_is_its_first_image(trained, tmp_path, run_main):
+    old, path = Scorer.load(trained.checkpoint, precision="fp32"), tmp_path / "template.png"
+    data = open_class(trained.data, "widget")
+    images = scorer.TestSet.load(data, old.config, "ram", 1, torch.device("cpu")).images
+    Scorer.fit(old.model, images, ScoreOptions("bank", 2)).save(tmp_path / "bank.pt")
+    flags = ["--template", path, "--gpu", "cpu", "--precision", "fp32"]
+    code, _, err = run_main(predict.main, [tmp_path / "bank.pt", *flags])
+    assert code == 0, err
+    template = np.asarray(Image.open(path)).astype(int)
+    assert min(np.abs(template - images[i].astype(int)).max() for i in range(len(images))) <= 2
 
 
 def test_an_encoder_has_no_image_template(tmp_path, run_main):
-    from model import PyramidFlow, PyramidFlowConfig
-
     config = PyramidFlowConfig(num_level=2, num_stack=1, image_size=(64, 64))
     template = tuple(torch.zeros(1, 64, 16 >> i, 16 >> i) for i in range(2))
-    model = Trained(tmp_path / "a.pt", "widget", PyramidFlow(config), template, {}, None)
-    save_checkpoint(tmp_path / "a.pt", model.content({}))
+    Scorer(PyramidFlow(config), template).save(tmp_path / "a.pt")
     code, _, err = run_main(predict.main, [tmp_path / "a.pt", "--template", tmp_path / "t.png"])
     assert code == 2
     assert "the encoder resnet18 has no inverse" in err
@@ -172,7 +195,10 @@ def test_bad_flags(trained, tmp_path, run_main, extra, message):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("", "is a folder; name a file in it, of a run last.pt"), ("state.pt", "name last.pt beside it")],
+    [
+        ("", "is a folder; choose a file in it, of a run last.pt"),
+        ("state.pt", "choose last.pt beside it"),
+    ],
 )
 def test_what_lies_beside_the_checkpoint_is_no_model(trained, tmp_path, run_main, name, message):
     model = trained.checkpoint.parent / name
@@ -186,11 +212,40 @@ def test_what_lies_beside_the_checkpoint_is_no_model(trained, tmp_path, run_main
 def test_nothing_to_do_and_empty_folders(trained, tmp_path, run_main):
     code, _, err = run(run_main, trained, tmp_path, images=[])
     assert code == 2
-    assert "name images or folders" in err
+    assert "give images or folders" in err
     (tmp_path / "empty").mkdir()
     code, _, err = run(run_main, trained, tmp_path, images=[tmp_path / "empty"])
     assert code == 2
     assert "no images in" in err
+
+
+def test_a_score_that_is_not_finite_is_no_verdict(trained, tmp_path, run_main):
+    """Finite weights can overflow; then nothing is called good, and there is no table of scores."""
+    scorer = Scorer.load(trained.checkpoint)
+    scorer.templates = tuple(torch.full_like(t, 3e38) for t in scorer.templates)
+    scorer.model.stem.weight.data *= 1e37
+    scorer.save(tmp_path / "a.pt")
+    images = trained.data / "widget" / "test"
+    code, _, err = run_main(
+        predict.main, [tmp_path / "a.pt", images, "--out", tmp_path / "out", "--gpu", "cpu"]
+    )
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no finite score" in err
+    assert "good/000.png" in err
+    assert not list((tmp_path / "out").rglob("*.*"))
+
+
+def test_scores_are_there_when_all_is_done(trained, tmp_path, run_main, monkeypatch):
+    """So that a table of a run that was stopped is not taken for the whole."""
+
+    def write(self, image, anomaly):
+        assert not (tmp_path / "out" / "scores.csv").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict.Writer, "write", write)
+    code, _, err = run(run_main, trained, tmp_path)
+    assert code == 130, err
+    assert not list((tmp_path / "out").rglob("*.*"))
 
 
 def test_no_more_images_are_in_memory_than_the_scorer_needs(trained, tmp_path, run_main, monkeypatch):

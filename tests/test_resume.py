@@ -1,5 +1,6 @@
-"""A run that was stopped at any moment goes on and ends where an uninterrupted one ends, to the bit."""
+"""A run that was stopped at any moment is resumed and ends where an uninterrupted one ends, to the bit."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,16 +12,16 @@ import torch
 from conftest import SMALL, make_class
 
 import train
-from checkpoint import load_checkpoint
+from scorer import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
-# Trains, and kills itself with SIGKILL in one of os.replace's calls (before or after it) or of Training.step's.
+# Trains, and kills itself with SIGKILL in one of os.replace's calls (before or after it) or of training_loss's.
 KILLED = """
 import os, signal, sys
 import train
 target, number, moment = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-owner = {"replace": os, "step": train.Training}[target]
+owner = {"replace": os, "training_loss": train}[target]
 original, calls = getattr(owner, target), []
 def killing(*arguments, **options):
     calls.append(1)
@@ -85,7 +86,7 @@ def assert_equal_content(x, y, where):
         assert torch.equal(x, y), where
     elif isinstance(x, dict):
         assert x.keys() == y.keys(), where
-        for key in x.keys() - {"seconds", "saveDir", "resume"}:
+        for key in x.keys() - {"seconds", "saveDir", "resume", "epochs"}:
             assert_equal_content(x[key], y[key], f"{where}, {key}")
     elif isinstance(x, list):
         for i, (a, b) in enumerate(zip(x, y, strict=True)):
@@ -97,12 +98,13 @@ def assert_equal_content(x, y, where):
 @pytest.mark.parametrize(
     ("target", "number", "moment"),
     [
-        ("step", 2, "before"),  # in the first epoch
-        ("step", 5, "after"),  # in the second
-        ("replace", 5, "after"),  # between training and evaluation
-        ("replace", 7, "before"),  # while a checkpoint is written
+        ("training_loss", 2, "before"),  # in the first epoch
+        ("training_loss", 5, "after"),  # in the second
+        ("replace", 3, "before"),  # at the end of an epoch
+        ("replace", 4, "after"),  # while checkpoints are written
+        ("replace", 6, "before"),
         ("replace", 8, "after"),
-        ("replace", 17, "before"),  # after the last epoch
+        ("replace", 14, "before"),  # after the last epoch
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted(data, uninterrupted, tmp_path, target, number, moment):
@@ -122,10 +124,10 @@ def test_killed_and_resumed_equals_uninterrupted(data, uninterrupted, tmp_path, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_ends_the_step_and_says_how_to_go_on(
+def test_a_signal_ends_the_run_at_once_and_says_how_to_resume(
     data, uninterrupted, tmp_path, run_main, monkeypatch, number
 ):
-    original, steps = train.Training.step, []
+    original, steps = train.training_loss, []
 
     def interrupted(*arguments):
         steps.append(1)
@@ -133,63 +135,85 @@ def test_ctrl_c_ends_the_step_and_says_how_to_go_on(
             os.kill(os.getpid(), number)
         return original(*arguments)
 
-    monkeypatch.setattr(train.Training, "step", interrupted)
+    monkeypatch.setattr(train, "training_loss", interrupted)
     before = signal.getsignal(number)
     code, _, err = run_main(train.main, flags(data, tmp_path / "runs", "--evalEvery", 2))
     assert signal.getsignal(number) == before
     run = only_run(tmp_path / "runs")
     assert code == 130
-    assert f"stopped in epoch 2; go on with: python train.py --resume {run}" in err
+    assert f"stopped in epoch 2; resume with: python train.py --resume {run}" in err
     assert len(steps) == 5
-    assert len(load_checkpoint(run / "state.pt")["state"]["losses"]) == 2  # the step was finished
+    assert load_checkpoint(run / "state.pt")["epoch"] == 2
     code, out, _ = run_main(train.main, ["--resume", run])
     assert code == 0
-    assert "in epoch 2, 2 steps done" in out
-    assert len(steps) == 3 * 3  # none was made twice
+    assert "from epoch 2" in out
+    assert len(steps) == 5 + 2 * 3
     assert_same(run, uninterrupted)
 
 
-def test_a_stop_while_evaluating_costs_no_step(data, uninterrupted, tmp_path, run_main, monkeypatch):
-    original, steps = train.Training.step, []
+def test_a_signal_that_a_callback_swallows_still_stops_the_run(data, tmp_path, run_main, monkeypatch):
+    original, steps = train.training_loss, []
 
-    def counted(*arguments):
+    def swallowed(*arguments):
         steps.append(1)
+        if len(steps) == 2:
+            with contextlib.suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments)
 
+    monkeypatch.setattr(train, "training_loss", swallowed)
+    assert run_main(train.main, flags(data, tmp_path / "runs"))[0] == 130
+    assert len(steps) == 2
+
+
+def test_a_stop_while_evaluating(data, uninterrupted, tmp_path, run_main, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.Training, "step", counted)
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate_maps", stop)
         code, _, err = run_main(train.main, flags(data, tmp_path / "runs", "--evalEvery", 2))
     assert (code, "stopped in epoch 2" in err) == (130, True)
     run = only_run(tmp_path / "runs")
     assert run_main(train.main, ["--resume", run])[0] == 0
-    assert len(steps) == 3 * 3
     assert_same(run, uninterrupted)
 
 
-def test_a_run_that_another_process_went_on_with_is_left_alone(stopped, run_main, monkeypatch):
+def test_a_finished_run_can_be_given_more_epochs(data, uninterrupted, tmp_path, run_main):
+    extra = ["--evalEvery", 2, "--epochs", 2]
+    assert run_main(train.main, flags(data, tmp_path / "runs", *extra))[0] == 0
+    run = only_run(tmp_path / "runs")
+    assert run_main(train.main, ["--resume", run, "--epochs", 3])[0] == 0
+    assert_same(run, uninterrupted)
+
+
+def test_a_run_that_another_process_resumed_is_left_alone(stopped, run_main, monkeypatch):
     stale = train.load_state(stopped)
     assert run_main(train.main, ["--resume", stopped])[0] == 0
     before = (stopped / "result.json").read_bytes()
-    monkeypatch.setattr(train, "load_state", lambda folder: stale)
-    code, _, err = run_main(train.main, ["--resume", stopped])
+    monkeypatch.setattr(
+        train, "load_state", lambda folder, states=[stale]: states.pop() if states else current
+    )
+    current = load_checkpoint(stopped / "state.pt")
+    code, _, err = run_main(train.main, ["--resume", stopped, "--epochs", 4])
     assert (code, err.count("\n")) == (2, 1)
-    assert "this run is finished" in err
+    assert "another process resumed it" in err
     assert (stopped / "result.json").read_bytes() == before
 
 
 @pytest.fixture
 def stopped(data, tmp_path, monkeypatch):
-    """A run that was stopped in its first step."""
+    """A run that was stopped in the first step of its second epoch."""
+    original, steps = train.training_loss, []
 
-    def stop(*_):
-        raise KeyboardInterrupt
+    def stop(*arguments):
+        steps.append(1)
+        if len(steps) > 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Training, "step", stop)
+        patch.setattr(train, "training_loss", stop)
         with pytest.raises(train.Interrupted):
             train.main(flags(data, tmp_path / "runs"))
     return only_run(tmp_path / "runs")
@@ -201,7 +225,8 @@ def stopped(data, tmp_path, monkeypatch):
         (["--numStack", 2], "--numStack 2 contradicts the run"),
         (["--seed", 1], "which has 0"),
         (["--saveMemory", "false"], "--saveMemory False contradicts"),
-        (["--epochs", 9], "--epochs 9 contradicts"),
+        (["--epochs", 2], "the run has 3; give as many, or more"),
+        (["--lr", "1e-3"], "--lr 0.001 contradicts"),
         (["--imageSize", 64], "--imageSize"),
         (["--datapath", "nowhere"], "nowhere is not a folder"),
     ],
@@ -225,14 +250,23 @@ def test_other_training_images_are_refused(stopped, tmp_path, run_main):
     make_class(tmp_path / "other", "tile", num_train=8)
     code, _, err = run_main(train.main, ["--resume", stopped, "--datapath", tmp_path / "other"])
     assert code == 2
-    assert "6 training images, --datapath 8" in err
+    assert "training images are not those of the run" in err
+
+
+def test_other_images_of_the_same_names_are_refused(stopped, tmp_path, run_main):
+    folder = make_class(tmp_path / "other", "tile")
+    path = folder / "train" / "good" / "003.png"
+    path.write_bytes(path.read_bytes() + b"x")
+    code, _, err = run_main(train.main, ["--resume", stopped, "--datapath", tmp_path / "other"])
+    assert (code, "training images are not those of the run" in err) == (2, True)
 
 
 def test_what_cannot_be_resumed_is_said(uninterrupted, tmp_path, run_main):
     for folder, message in (
         (tmp_path / "nowhere", "no such folder"),
         (tmp_path, "no state.pt"),
-        (uninterrupted, "this run is finished"),
+        (uninterrupted, "this run is finished after 3 epochs; give more --epochs"),
+        ("", "no such folder"),
     ):
         code, _, err = run_main(train.main, ["--resume", folder])
         assert (code, err.count("\n")) == (2, 1)
@@ -247,7 +281,7 @@ def test_a_damaged_state_is_said(stopped, run_main):
     assert "state.pt cannot be read" in err
 
 
-@pytest.mark.parametrize("key", ["settings", "state", "model"])
+@pytest.mark.parametrize("key", ["settings", "rows", "model"])
 def test_a_state_of_another_version_is_said(stopped, run_main, key):
     content = load_checkpoint(stopped / "state.pt")
     content.pop(key)
@@ -255,3 +289,28 @@ def test_a_state_of_another_version_is_said(stopped, run_main, key):
     code, _, err = run_main(train.main, ["--resume", stopped])
     assert (code, err.count("\n")) == (2, 1)
     assert "not the state of a run of this version" in err
+
+
+def wrong_moments(content):
+    content["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1000)
+
+
+def wrong_type(content):
+    content["epoch"] = "1"
+
+
+def wrong_flag(content):
+    content["settings"]["evalEvery"] = 0
+
+
+def no_random_state(content):
+    content["random_state"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize("change", [wrong_moments, wrong_type, wrong_flag, no_random_state])
+def test_a_crafted_state_is_refused(stopped, run_main, change):
+    content = load_checkpoint(stopped / "state.pt")
+    change(content)
+    torch.save(content, stopped / "state.pt")
+    code, _, err = run_main(train.main, ["--resume", stopped])
+    assert (code, err.count("\n")) == (2, 1), err

@@ -13,21 +13,14 @@ import torchvision
 from conftest import SMALL, make_class
 from PIL import Image
 
-import model as model_module
-import run
 import train
-from checkpoint import load_checkpoint
-from dataset import open_class
-from evaluation import TestSet, features_in_order
-from loading import FeatureSource, ImageStore
-from metrics import evaluate_maps
-from model import PyramidFlow, PyramidFlowConfig, latent_template
-from settings import model_config, parse_settings
-from util import atomic_path, create_run_folder
+from dataset import Images, open_class
+from metrics import METRICS, TABLE_METRICS, evaluate_maps
+from model import PyramidFlow, PyramidFlowConfig
+from scorer import Scorer, TestSet, load_checkpoint
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
-METRICS = ["pixel_auroc", "image_auroc", "pixel_pro", "pixel_pro_30", "f1_max"]
 
 
 def flags(tmp_path, *extra):
@@ -67,14 +60,16 @@ def test_a_run_from_the_command_line(tmp_path):
     assert config["model"]["num_level"] == 2
 
     rows = list(csv.DictReader((run / "metrics.csv").open()))
-    assert list(rows[0]) == ["epoch", "loss", *METRICS, "threshold", "image_threshold", "seconds"]
+    thresholds = ["pixel_threshold", "image_threshold"]
+    assert list(rows[0]) == ["epoch", "loss", "score", *METRICS, *thresholds, "seconds"]
     assert [row["epoch"] for row in rows] == ["1", "2"]
     result = json.loads((run / "result.json").read_text())
     assert set(result["last"]) >= {"epoch", *METRICS}
     assert all(0 <= result["last"][m] <= 1 for m in METRICS)
     assert result["last"]["pixel_auroc"] == float(rows[-1]["pixel_auroc"])
-    assert result["best"]["pixel_auroc"] == max(float(row["pixel_auroc"]) for row in rows)
-    assert "test" in result["best"]["chosen_on"]
+    best = result["best_pixel_auroc"]
+    assert best["pixel_auroc"] == max(float(row["pixel_auroc"]) for row in rows)
+    assert "test" in best["chosen_on"]
 
     pictures = {str(p.relative_to(run / "pictures")) for p in (run / "pictures").rglob("*.png")}
     assert pictures == {
@@ -98,13 +93,11 @@ def test_the_checkpoint_is_whole(tmp_path, run_main):
     fresh = rebuilt(checkpoint)
     data = open_class(tmp_path / "data", "widget")
     config = fresh.config
-    store = ImageStore(data.train, config.image_size, "ram", CPU, 1, "x")
-    source = FeatureSource(store, fresh.eval().encode, constant=False)
-    template = latent_template(fresh, features_in_order(source, config, "x"))
-    for ours, stored in zip(template, checkpoint["template"], strict=True):
+    scorer = Scorer.fit(fresh, Images(data.train, config.image_size, "ram", CPU, 1, "x"))
+    for ours, stored in zip(scorer.templates, checkpoint["templates"], strict=True):
         assert torch.equal(ours, stored)
-    test_set = TestSet.load(data, fresh, "ram", 1, CPU)
-    maps = test_set.anomaly_maps(fresh, checkpoint["template"])
+    test_set = TestSet.load(data, config, "ram", 1, CPU)
+    maps = scorer.score_all(test_set.images)
     metrics = evaluate_maps(maps, test_set.truth)
     for name in METRICS:
         assert getattr(metrics, name) == checkpoint["metrics"][name], name
@@ -112,12 +105,10 @@ def test_the_checkpoint_is_whole(tmp_path, run_main):
 
 RELOAD = """
 import sys, torch
-from model import PyramidFlow, PyramidFlowConfig, anomaly_map
-checkpoint = torch.load(sys.argv[1], weights_only=True)
-model = PyramidFlow(PyramidFlowConfig(**checkpoint["config"]))
-model.load_state_dict(checkpoint["model"])
-images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
-torch.save(anomaly_map(model, model.eval().encode(images), checkpoint["template"]), sys.argv[2])
+from pathlib import Path
+from scorer import Scorer
+images = (torch.arange(2 * 32 * 32 * 3) % 256).byte().view(2, 32, 32, 3)
+torch.save(Scorer.load(Path(sys.argv[1])).score(images), sys.argv[2])
 """
 
 
@@ -128,9 +119,8 @@ def test_a_fresh_process_rebuilds_the_model(tmp_path, run_main):
     command = [sys.executable, "-c", RELOAD, path, tmp_path / "maps.pt"]
     subprocess.run(list(map(str, command)), check=True, cwd=ROOT)
     checkpoint = load_checkpoint(path)
-    images = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
-    model = rebuilt(checkpoint).eval()
-    maps = model_module.anomaly_map(model, model.encode(images), checkpoint["template"])
+    images = (torch.arange(2 * 32 * 32 * 3) % 256).byte().view(2, 32, 32, 3)
+    maps = Scorer(rebuilt(checkpoint).eval(), tuple(checkpoint["templates"])).score(images)
     assert torch.equal(torch.load(tmp_path / "maps.pt", weights_only=True), maps)
 
 
@@ -178,8 +168,8 @@ def test_the_method_and_each_ablation_train_stably(tmp_path, run_main, extra):
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[-1] < losses[0]
     if "zero" in extra:
-        template = load_checkpoint(only_run(tmp_path) / "last.pt")["template"]
-        assert not any(x.any() for x in template)
+        templates = load_checkpoint(only_run(tmp_path) / "last.pt")["templates"]
+        assert not any(x.any() for x in templates)
 
 
 @pytest.mark.usefixtures("widget")
@@ -196,10 +186,21 @@ def test_tensorboard(tmp_path, run_main, monkeypatch):
         assert logged == [(i + 1, pytest.approx(float(row[name]))) for i, row in enumerate(rows)]
     assert {"curves", "roc_pro", "hole/000_png"} <= set(events.Tags()["images"])
 
-    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
     code, _, err = run_main(train.main, flags(tmp_path, "--tensorboard"))
     assert code == 2
     assert "pip install tensorboard" in err
+
+
+def test_a_class_that_fails_does_not_stop_the_others(tmp_path, run_main):
+    for name in ("bolt", "nut"):
+        make_class(tmp_path / "data", name)
+    path = tmp_path / "data" / "bolt" / "test" / "good" / "000.png"
+    path.write_bytes(path.read_bytes()[:200])
+    code, out, err = run_main(train.main, flags(tmp_path, "--cls", "bolt", "nut", "--epochs", 1))
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"bolt: cannot read image {path}" in err
+    assert "| nut | 1 (last) |" in out
 
 
 def test_all_classes_one_after_the_other(tmp_path, run_main):
@@ -211,7 +212,7 @@ def test_all_classes_one_after_the_other(tmp_path, run_main):
     assert [run.name.split("-")[0] for run in runs] == ["bolt", "nut"]
     table = out.split("| class |")[-1].splitlines()
     assert [line.split("|")[1].strip() for line in table[2:5]] == ["bolt", "nut", "mean of 2"]
-    rows = [[float(x) for x in line.split("|")[3:8]] for line in table[2:5]]
+    rows = [[float(x) for x in line.split("|")[3 : 3 + len(TABLE_METRICS)]] for line in table[2:5]]
     for a, b, mean in zip(*rows, strict=True):
         assert mean == pytest.approx((a + b) / 2, abs=0.006)
 
@@ -225,23 +226,37 @@ def test_only_every_nth_epoch_and_the_last_are_evaluated(tmp_path, run_main):
 
 
 @pytest.mark.parametrize(
-    ("extra", "expected"),
+    ("extra", "augmented"),
     [
-        ([], "flips and turns"),
-        (["--imageSize", 24, 32], "flips"),
-        (["--augment", "none"], "none"),
-        (["--cls", "widget"], "none"),
+        ([], True),
+        (["--imageSize", 24, 32], True),
+        (["--augment", "none"], False),
+        (["--cls", "widget"], False),
+        (["--cls", "widget", "--augment", "turns"], True),
     ],
 )
-def test_textures_are_augmented_and_any_size_works(tmp_path, run_main, monkeypatch, extra, expected):
+def test_textures_are_augmented_and_any_size_works(tmp_path, run_main, extra, augmented):
     make_class(tmp_path / "data", "tile")
     make_class(tmp_path / "data", "widget")
-    asked = []
-    original = train.training_plan
-    monkeypatch.setattr(train, "training_plan", lambda *given: asked.append(given) or original(*given))
     changes = ["--cls", "tile", "--epochs", 1, "--batchSize", 3, *extra]
-    assert run_main(train.main, flags(tmp_path, *changes))[0] == 0
-    assert asked == [(6, 3, expected)]
+    code, out, err = run_main(train.main, flags(tmp_path, *changes))
+    assert code == 0, err
+    assert ("not augmented" in out) is not augmented
+
+
+@pytest.mark.usefixtures("widget")
+def test_augmentation_reaches_the_network_and_not_the_template(tmp_path, run_main, monkeypatch):
+    shown = {True: [], False: []}
+    original = train.PyramidFlow.encode
+
+    def watched(model, images):
+        shown[model.training] += [image.sum().item() for image in images]
+        return original(model, images)
+
+    monkeypatch.setattr(train.PyramidFlow, "encode", watched)
+    monkeypatch.setattr(train.Augmentation, "__call__", lambda self, image, epoch, index: 255 - image)
+    assert run_main(train.main, flags(tmp_path, "--epochs", 1, "--augment", "flips"))[0] == 0
+    assert not set(shown[True]) & set(shown[False])
 
 
 def test_a_class_without_masks(tmp_path, run_main):
@@ -252,7 +267,7 @@ def test_a_class_without_masks(tmp_path, run_main):
     run = only_run(tmp_path)
     result = json.loads((run / "result.json").read_text())
     assert result["last"]["pixel_auroc"] is None
-    assert result["best"]["image_auroc"] is not None
+    assert result["best_image_auroc"]["image_auroc"] is not None
     assert (run / "best_image_auroc.pt").is_file()
 
 
@@ -262,7 +277,7 @@ def test_a_class_with_nothing_defective(tmp_path, run_main):
         path.unlink()
     assert run_main(train.main, flags(tmp_path))[0] == 0
     result = json.loads((only_run(tmp_path) / "result.json").read_text())
-    assert result["best"] is None
+    assert not any(key.startswith("best") for key in result)
     assert all(result["last"][m] is None for m in METRICS)
 
 
@@ -284,7 +299,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
     tmp_path, run_main, monkeypatch
 ):
     calls = []
-    original = model_module.training_loss
+    original = train.training_loss
 
     def breaks_in_the_second_epoch(*arguments):
         calls.append(1)
@@ -296,20 +311,150 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
     assert "the loss became nan at step 2" in err
     checkpoint = load_checkpoint(only_run(tmp_path) / "last.pt")
     assert checkpoint["metrics"]["epoch"] == 1
-    assert all(torch.isfinite(x).all() for x in checkpoint["model"].values())
+    for content in (checkpoint, load_checkpoint(only_run(tmp_path) / "state.pt")):
+        assert all(torch.isfinite(x).all() for x in content["model"].values())
 
 
 @pytest.mark.usefixtures("widget")
 def test_weights_that_are_not_finite_stop_the_run(tmp_path, run_main, monkeypatch):
-    def breaks_the_weights(training, state, *_):
-        next(training.model.flow.parameters()).data.fill_(math.nan)
-        state.losses.append(1.0)
+    def breaks_the_weights(network, model, *_):
+        next(model.flow.parameters()).data.fill_(math.nan)
+        return 1.0
 
-    monkeypatch.setattr(train.Training, "train_one_epoch", breaks_the_weights)
+    monkeypatch.setattr(train, "train_one_epoch", breaks_the_weights)
     code, _, err = run_main(train.main, flags(tmp_path))
     assert code == 1
     assert "anomaly maps are no longer finite" in err
     assert not (only_run(tmp_path) / "last.pt").exists()
+    state = load_checkpoint(only_run(tmp_path) / "state.pt")
+    assert state["epoch"] == 1
+    assert all(torch.isfinite(x).all() for x in state["model"].values())
+
+
+# ------------------------------------------------------------------------------- hyper-parameters
+
+
+@pytest.mark.usefixtures("widget")
+def test_the_flags_reach_the_optimizer(tmp_path, run_main, monkeypatch):
+    made = []
+    original = train.make_optimizer
+    monkeypatch.setattr(
+        train, "make_optimizer", lambda *given: made.append(original(*given)) or made[-1]
+    )
+    changes = ["--lr", "1e-3", "--beta1", 0.8, "--beta2", 0.95, "--eps", "1e-6", "--weightDecay", 0.01]
+    assert run_main(train.main, flags(tmp_path, "--epochs", 1, *changes))[0] == 0
+    group = made[0].param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (
+        1e-3, (0.8, 0.95), 1e-6, 0.01,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("widget")
+def test_clipping_bounds_the_gradient(tmp_path, run_main, monkeypatch):
+    asked = []
+    original = torch.nn.utils.clip_grad_norm_
+
+    def watched(parameters, limit):
+        asked.append(limit)
+        return original(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    assert run_main(train.main, flags(tmp_path, "--epochs", 1, "--clipNorm", 0.5))[0] == 0
+    assert asked == [0.5] * 3
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ([], [1.0] * 6),
+        (["--scheduler", "cosine"], [(1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)]),
+        (["--scheduler", "step"], [1.0] * 4 + [0.1] * 2),
+        (["--warmup", 1], [1 / 3, 2 / 3, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_schedules_of_the_learning_rate(extra, expected):
+    args = train.parse_arguments(["--epochs", "2", *map(str, extra)])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = train.make_scheduler(optimizer, args, steps=3)
+    rates = []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.usefixtures("widget")
+def test_a_run_repeats_from_its_own_config(tmp_path, run_main):
+    assert run_main(train.main, flags(tmp_path, "--lr", "3e-4"))[0] == 0
+    first = only_run(tmp_path)
+    assert run_main(train.main, ["--config", first / "config.json", "--epochs", 1])[0] == 0
+    second = max((tmp_path / "runs").iterdir())
+    a, b = (json.loads((run / "config.json").read_text())["settings"] for run in (first, second))
+    assert b.pop("epochs") == 1  # the command line wins
+    assert b.pop("config") == str(first / "config.json")
+    assert b == {k: v for k, v in a.items() if k not in ("epochs", "config")}
+
+
+def test_a_config_may_be_yaml(tmp_path):
+    (tmp_path / "a.yaml").write_text("lr: 1.0e-3\nimageSize: [128, 256]\nsaveMemory: false\ncls: tile\n")
+    args = train.parse_arguments(["--config", str(tmp_path / "a.yaml"), "--lr", "0.5"])
+    assert (args.lr, args.imageSize, args.saveMemory, args.cls) == (0.5, [128, 256], False, ["tile"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("lr: fast", "argument --lr"),
+        ("learningRate: 1", "'learningRate' is no flag"),
+        ("- 1", "not a table of flags"),
+        ("a: [", "not yaml or json"),
+        ("!!python/object/apply:os.system ['touch hacked']", "not yaml or json"),
+        ("lr: {a: 1}", "a value that is no word or number"),
+        (None, "No such file"),
+    ],
+)
+def test_bad_configs(tmp_path, run_main, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path("a.yaml").write_text(content)
+    code, _, err = run_main(train.main, ["--config", "a.yaml"])
+    assert (code, err.count("\n")) == (2, 1), err
+    assert message in err
+    assert not Path("hacked").exists()
+
+
+@pytest.mark.usefixtures("widget")
+def test_training_from_other_weights(tmp_path, run_main):
+    assert run_main(train.main, flags(tmp_path, "--epochs", 1))[0] == 0
+    other = only_run(tmp_path) / "last.pt"
+    changes = ["--epochs", 1, "--lr", "1e-30", "--init", other, "--saveDir", tmp_path / "next"]
+    code, _, err = run_main(train.main, flags(tmp_path, *changes))
+    assert code == 0, err
+    (run,) = (tmp_path / "next").iterdir()
+    x, y = (load_checkpoint(path)["model"] for path in (other, run / "last.pt"))
+    learned = [name for name in x if name.endswith("weight") and "flow" in name]
+    assert all(torch.allclose(x[name], y[name], atol=1e-6) for name in learned)
+    result = run_main(train.main, flags(tmp_path, "--init", other, "--numStack", 2))
+    assert (result[0], "it has num_stack 1" in result[2]) == (2, True)
+
+
+@pytest.mark.usefixtures("widget")
+def test_both_scores_of_the_same_weights(tmp_path, run_main):
+    assert run_main(train.main, flags(tmp_path, "--saveDir", tmp_path / "paper"))[0] == 0
+    code, out, err = run_main(train.main, flags(tmp_path, "--score", "bank", "--numTemplate", 3))
+    assert code == 0, err
+    assert "2 (last) (paper)" in out
+    assert "2 (last) (bank)" in out
+    (paper,) = (tmp_path / "paper").iterdir()
+    paper, bank = (json.loads((run / "result.json").read_text()) for run in (paper, only_run(tmp_path)))
+    assert {k: v for k, v in bank["last_paper"].items() if k != "seconds"} == {
+        k: v for k, v in paper["last"].items() if k != "seconds"
+    }
+    assert bank["last"]["score"] == "bank"
+    content = load_checkpoint(only_run(tmp_path) / "last.pt")
+    assert [len(t) for t in content["templates"]] == [3, 3]
+    assert {**content["metrics"], "seconds": 0} == {**bank["last"], "seconds": 0}
 
 
 # ----------------------------------------------------------------------------------- bad input
@@ -345,7 +490,18 @@ def assert_refused(tmp_path, result, message):
         (["--saveMemory", "maybe"], "'maybe' is not one of true"),
         (["--numLayer", 9], "invalid choice"),
         (["--epochs", 0], "whole number from 1"),
-        (["--volumNorm", "CVN"], "unrecognized arguments"),
+        (["--volumNorm", "CVN"], "did you mean --volumeNorm?"),
+        (["--epoch", 3], "did you mean --epochs?"),
+        (["--lr", 0], "not a number above 0"),
+        (["--lr", "nan"], "not a number above 0"),
+        (["--beta1", 1], "not a number from 0 to"),
+        (["--scheduler", "linear"], "invalid choice"),
+        (["--proLimit", 2], "above 0 to 1"),
+        (["--augment", "spin"], "--augment spin"),
+        (["--init", "nowhere.pt"], "nowhere.pt does not exist"),
+        (["--numTemplate", 0], "whole number from 1"),
+        (["--numTemplate", 8], "need --score bank"),
+        (["--numStack", 10**9], "whole number from 1 to 256"),
         (["--encoder", "resnet18", "--encoderWeights", "nowhere.pth"], "nowhere.pth does not exist"),
     ],
 )
@@ -435,43 +591,16 @@ def test_flags_without_effect_are_said(tmp_path, run_main):
     assert "--encoderBN has no effect with --encoder none" in out
 
 
-def test_run_folders_are_never_shared(tmp_path):
-    folders = {create_run_folder(tmp_path, "tile") for _ in range(5)}
-    assert len(folders) == 5
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-
-    def write_half():
-        with atomic_path(path) as temporary:
-            temporary.write_text("half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_half()
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-
-
 def test_official_names_and_defaults():
-    settings, _ = parse_settings("", [])
-    assert (settings.cls, settings.datapath, settings.encoder) == (
-        "tile",
-        "../mvtec_anomaly_detection",
-        "resnet18",
-    )
-    assert (settings.numLayer, settings.volumeNorm, settings.kernelSize) == ("auto", "auto", 7)
-    assert (settings.numChannel, settings.numStack, settings.gpu, settings.batchSize) == (16, 4, "0", 2)
-    assert settings.saveMemory is True
-    assert parse_settings("", ["--saveMemory", "False"])[0].saveMemory is False
-    assert (settings.epochs, settings.seed, settings.encoderBN, settings.augment) == (
-        15,
-        0,
-        "batch",
-        "auto",
-    )
+    args = train.parse_arguments([])
+    official = {
+        "cls": ["tile"], "datapath": "../mvtec_anomaly_detection", "encoder": "resnet18", "numLayer": "auto",
+        "volumeNorm": "auto", "kernelSize": 7, "numChannel": 16, "numStack": 4, "gpu": "0", "batchSize": 2,
+        "saveMemory": True, "epochs": 15, "seed": 0, "encoderBN": "batch", "augment": "auto", "lr": 2e-4,
+        "beta1": 0.5, "beta2": 0.9, "eps": 1e-4, "weightDecay": 1e-5, "clipNorm": 1.0, "score": "paper",
+    }  # fmt: skip
+    assert {name: getattr(args, name) for name in official} == official
+    assert train.parse_arguments(["--saveMemory", "False"]).saveMemory is False
 
 
 @pytest.mark.parametrize(
@@ -485,9 +614,9 @@ def test_official_names_and_defaults():
     ],
 )
 def test_auto_settings_by_class(cls, levels, norm):
-    config = model_config(parse_settings("", ["--cls", cls])[0])
+    config = train.model_config(train.parse_arguments(["--cls", cls]))
     assert (config.num_level, config.volume_norm, config.image_size) == (levels, norm, (1024, 1024))
-    config = model_config(parse_settings("", ["--cls", cls, "--encoder", "none"])[0])
+    config = train.model_config(train.parse_arguments(["--cls", cls, "--encoder", "none"]))
     assert config.image_size == (256, 256)
 
 

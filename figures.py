@@ -1,0 +1,252 @@
+"""Figures: panels as in the paper's Fig. 7, histogram, ROC, PRO and precision-recall curves, epochs of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from dataset import IMAGENET_MEAN, IMAGENET_STD, TestImage
+from metrics import PRO_LIMIT, TABLE_METRICS, Ranking, metric_labels
+from scorer import IMAGE_QUANTILE, Calibration, Scorer, TestSet, distribution
+from util import atomic_path
+
+PANELS_PER_KIND = 3
+COLOR_MAP = "turbo"
+OVERLAY_OPACITY = 0.7  # of the highest scores
+CURVE_POINTS = 2000  # more than that cannot be seen
+NAME_BYTES = 180  # file systems allow 255, some less
+TITLE_CHARACTERS = 90
+
+
+def to_picture(normalized: Tensor) -> np.ndarray:
+    """Turn a normalized image (3,h,w) into uint8 (h,w,3)."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    image = normalized.cpu().float() * std + mean
+    return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def overlay(image: np.ndarray, scores: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
+    """Lay the colors of the scores (h,w) over an image, the denser the higher they are; uint8 (h,w,3)."""
+    low, high = scale
+    levels = ((scores - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
+    palette = matplotlib.colormaps[COLOR_MAP](np.arange(256))[:, :3] * 255
+    opacity = (np.arange(256) / 255 * OVERLAY_OPACITY)[:, None]
+    kept, added = (1 - opacity).astype(np.float32), (palette * opacity).astype(np.float32)
+    return (image * kept[levels] + added[levels]).round().astype(np.uint8)
+
+
+def choose_examples(test: list[TestImage]) -> list[int]:
+    """Choose indices of a few images of each kind, evenly spread."""
+    chosen = []
+    for kind in sorted({image.kind for image in test}):
+        indices = [i for i, image in enumerate(test) if image.kind == kind]
+        count = min(PANELS_PER_KIND, len(indices))
+        chosen += [indices[int(k)] for k in np.linspace(0, len(indices) - 1, count)]
+    return chosen
+
+
+def save_evaluation(
+    folder: Path, test_set: TestSet, maps: Tensor, scorer: Scorer, pro_limit: float = PRO_LIMIT
+) -> None:
+    """Save panels of a few images of each kind, the histogram of image scores, and the curves.
+
+    Args:
+        folder: made if it is not there.
+        maps: anomaly maps of all test images (N,256,256).
+        scorer: its calibration gives the color scale and the threshold without labels; if it has none,
+            the maps give the scale.  Its image template stands beside each image, if it has one.
+        pro_limit: false-positive rate up to which PRO is taken.
+    """
+    truth, scale = test_set.truth, (scorer.calibration or distribution(maps)).color_scale()
+    folder.mkdir(exist_ok=True)
+    for i in choose_examples(test_set.data.test):
+        test_image, image = test_set.data.test[i], test_set.images[i]
+        path = folder / file_name(test_image.kind) / f"{_example_name(test_image.path)}.png"
+        path.parent.mkdir(exist_ok=True)
+        template = scorer.image_template(image)
+        template = None if template is None else to_picture(template)
+        mask = None if truth.masks is None else truth.masks[i]
+        title = f"{test_set.data.name}, {test_image.kind}/{test_image.path.name}"
+        save_panel(path, title, image, template, maps[i], scale, mask)
+    scores = maps.flatten(1).amax(1)
+    save_histogram(folder / "histogram.png", scores, truth.defective, scorer.calibration)
+    if truth.masks is not None:
+        pixels = Ranking(maps[~truth.masks], maps[truth.masks])
+        images = Ranking(scores[~truth.defective], scores[truth.defective])
+        if pixels.defined:
+            save_roc_and_pro(folder / "roc_pro.png", images, pixels, truth.region_shares, pro_limit)
+
+
+def _example_name(path: Path) -> str:
+    return file_name(f"{path.stem}_{path.suffix[1:]}")  # a.png and a.jpg may lie in one folder
+
+
+def file_name(name: str) -> str:
+    """Give a name that any file system takes: itself, or what can be kept of it and a digest."""
+    printable = "".join(c for c in name if c.isprintable())  # neither line breaks nor what is not UTF-8
+    kept = printable.encode()[:NAME_BYTES].decode(errors="ignore")
+    return kept if kept == name else f"{kept}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+
+
+def save_panel(
+    path: Path,
+    title: str,
+    image: np.ndarray,
+    template: np.ndarray | None,
+    anomaly_map: Tensor,
+    scale: tuple[float, float],
+    mask: Tensor | None,
+) -> None:
+    """Save image / image template / anomaly map / ground truth in a row (Fig. 7); None is left out.
+
+    Args:
+        image, template: uint8 (h,w,3).
+        anomaly_map: (H,W).
+        scale: (lowest, highest) score of the colors.
+        mask: bool (H,W).
+    """
+    parts = [("image", image, {})]
+    if template is not None:
+        parts.append(("image template", template, {}))
+    colors = {"cmap": COLOR_MAP, "vmin": scale[0], "vmax": scale[1]}
+    parts.append(("anomaly map", anomaly_map.cpu().numpy(), colors))
+    if mask is not None:
+        parts.append(("ground truth", mask.cpu().numpy(), {"cmap": "gray", "vmin": 0, "vmax": 1}))
+    figure = Figure(figsize=(2.6 * len(parts) + 0.6, 3.1), layout="constrained")
+    figure.suptitle(_one_line(title), fontsize=10, parse_math=False)
+    all_axes = figure.subplots(1, len(parts), squeeze=False)[0]
+    for axes, (name, picture, options) in zip(all_axes, parts, strict=True):
+        shown = axes.imshow(picture, **options)
+        axes.set_title(name, fontsize=9)
+        axes.set_axis_off()
+        if name == "anomaly map":
+            figure.colorbar(shown, ax=axes, shrink=0.75).ax.tick_params(labelsize=7)
+    _save(figure, path)
+
+
+def _one_line(title: str) -> str:
+    title = "".join(c if c.isprintable() else "?" for c in title)  # file names can hold anything
+    half = TITLE_CHARACTERS // 2
+    return title if len(title) <= TITLE_CHARACTERS else f"{title[:half]} ... {title[-half:]}"
+
+
+def save_histogram(
+    path: Path, scores: Tensor, defective: Tensor, calibration: Calibration | None
+) -> None:
+    """Save image scores of good and defective test images, with the thresholds that separate them.
+
+    Args:
+        scores, defective: (N,).
+    """
+    images = Ranking(scores[~defective], scores[defective])
+    thresholds = {}
+    if calibration is not None:
+        thresholds[f"{IMAGE_QUANTILE:.0%} of good training images"] = calibration.thresholds().image
+    if images.defined:
+        thresholds["F1-max"] = images.f1_max()[1]
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    bins = np.linspace(float(scores.min()), float(scores.max()) + 1e-12, 41)
+    for name, chosen, color in (("good", ~defective, "green"), ("defective", defective, "red")):
+        shown, label = scores[chosen].cpu().numpy(), f"{name} ({int(chosen.sum())})"
+        axes.hist(shown, bins, alpha=0.6, color=f"tab:{color}", label=label)
+    for (name, threshold), style in zip(thresholds.items(), ("--", ":"), strict=False):
+        axes.axvline(threshold, color="black", linestyle=style, label=f"{name}: {threshold:.3g}")
+    axes.set(title="image scores of the test images", xlabel="image score", ylabel="images")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def save_roc_and_pro(
+    path: Path, images: Ranking, pixels: Ranking, region_shares: Tensor, pro_limit: float = PRO_LIMIT
+) -> None:
+    """Save ROC, per-region overlap over the share of good pixels, and precision over recall.
+
+    Args:
+        images: left out if undefined.
+        region_shares: (P,) float64, what each defective pixel counts for PRO.
+    """
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    roc, pro, precision_recall = figure.subplots(1, 3)
+    for name, items in {"pixels": pixels, "images": images}.items():
+        if items.defined:
+            _plot(roc, *items.curve(), f"{name}: area {items.auroc():.4f}")
+            precision, recall = (
+                items.precision_recall()
+            )  # the area under its steps is the average precision
+            label = f"{name}: AP {items.average_precision():.4f}"
+            _plot(precision_recall, recall, precision, label, drawstyle="steps-post")
+    _plot(pro, *pixels.curve(region_shares), f"PRO: area {pixels.area(region_shares, 1.0):.4f}")
+    limited = pixels.area(region_shares, pro_limit)
+    pro.axvspan(0, pro_limit, alpha=0.15, label=f"PRO@{pro_limit:g}: {limited:.4f}")
+    roc.set(title="ROC", xlabel="false-positive rate", ylabel="true-positive rate")
+    pro.set(title="PRO", xlabel="false-positive rate", ylabel="mean overlap with defect regions")
+    precision_recall.set(title="precision-recall", xlabel="recall", ylabel="precision")
+    for axes in (roc, pro, precision_recall):
+        axes.set(xlim=(0, 1), ylim=(0, 1.01))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="lower left" if axes is precision_recall else "lower right")
+    _save(figure, path)
+
+
+def _plot(axes: Axes, x: Tensor | np.ndarray, y: Tensor | np.ndarray, label: str, **options) -> None:
+    """Draw a curve of any number of points, thinned out."""
+    chosen = np.unique(np.linspace(0, len(x) - 1, CURVE_POINTS).astype(int))
+    x, y = (torch.as_tensor(values).cpu().numpy()[chosen] for values in (x, y))
+    axes.plot(x, y, label=label, **options)
+
+
+def save_curves(path: Path, rows: list[dict], pro_limit: float = PRO_LIMIT) -> None:
+    """Save loss and metrics over epochs, from the rows of metrics.csv."""
+    epochs, labels = [row["epoch"] for row in rows], metric_labels(pro_limit)
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(epochs, [row["loss"] for row in rows], marker="o")
+    left.set(title="training loss", xlabel="epoch")
+    for key in TABLE_METRICS:
+        values = [row[key] for row in rows]
+        if None not in values:
+            right.plot(epochs, values, marker="o", label=labels[key])
+    right.set(title="test metrics", xlabel="epoch")
+    if right.lines:
+        right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    _save(figure, path)
+
+
+def save_stack(path: Path, paths: list[Path]) -> None:
+    """Save pictures of files, one below the other."""
+    images = [Image.fromarray(read(picture)) for picture in paths]
+    width = max(image.width for image in images)
+    stack = Image.new("RGB", (width, sum(image.height for image in images)), "white")
+    top = 0
+    for image in images:
+        stack.paste(image, (0, top))
+        top += image.height
+    with atomic_path(path) as temporary:
+        stack.save(temporary, format="png")
+
+
+def read(path: Path) -> np.ndarray:
+    """Read a picture as uint8 (h,w,3)."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_path(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks: boxes
+        figure.savefig(temporary, format="png", dpi=110)

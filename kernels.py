@@ -1,0 +1,537 @@
+"""The work on full-size maps: each kernel `f` equals its twin `plain_f`, the formula in a few operators, faster.
+
+model.py calls the kernels; tests/test_kernels.py holds each to its twin in float64, values and gradients.
+Maps are (B,C,H,W) in channels_last, and so are all gradients: a copy into another layout, or work on one,
+takes longer than the work itself.  While a model is traced (torch.export, torch.compile) the twins run.
+
+Sections: the coupling strip by strip; small things with tidy gradients; the k x k convolutions; and, last,
+their way through the frequency domain.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from util import cpu_features
+
+Tensors = tuple[Tensor, ...]
+
+MEMORY_FORMAT = torch.channels_last  # of every map from the image to the anomaly map
+CLAMP = 2.0  # of the log-scale
+ATAN_FACTOR = 0.636  # stands for 2 / pi in the official code
+STRIP_ELEMENTS = 2**17  # per thread: a few float32 strips of this many fit a core's cache
+TILE = 16  # outputs along one side of a tile in the frequency domain
+
+# Time on a CPU, in multiply-adds of a direct convolution that take as long; measured.
+TIME_OF_MIXING = 6.6  # per output, input channel and output channel
+TIME_OF_TRANSFORMS = 550  # per output and channel on either side
+TIME_OF_KERNEL = 150_000  # per input channel and output channel, however large the map
+
+
+# ------------------------------------------------------------------- coupling, strip by strip
+#
+# Memory bandwidth is what elementwise work on full-size maps waits for: written as one operator after the
+# other, the coupling would take longer than its convolutions in bfloat16.  So these kernels work through
+# strips of pixels that fit the processor's cache.
+
+
+def scale_and_shift(raw: Tensor, mean: Tensor | tuple[int, ...]) -> Tensors:
+    """exp(b - mean) and t of a raw map [s0, t], where b = clamp * 0.636 * atan(s0 / clamp).
+
+    Args:
+        raw: (B,2C,H,W).
+        mean: what is subtracted, a tensor that broadcasts to b; or the dimensions of b to take its mean
+            over, (0, 1) or (0, 2, 3).
+
+    Returns:
+        (scale, shift, mean): (B,C,H,W), at least float32; (B,C,H,W); what was subtracted, without a graph.
+    """
+    way = plain_scale_and_shift if torch.compiler.is_compiling() else _ScaleAndShift.apply
+    return way(raw, mean)
+
+
+def plain_scale_and_shift(raw: Tensor, mean: Tensor | tuple[int, ...]) -> Tensors:
+    s0, shift = raw.chunk(2, dim=1)
+    b = CLAMP * ATAN_FACTOR * torch.atan(s0.to(_at_least_float32(raw)) / CLAMP)
+    mean = b.mean(mean, keepdim=True) if isinstance(mean, tuple) else mean
+    return (b - mean).exp(), shift, mean.detach()
+
+
+class _ScaleAndShift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, raw: Tensor, mean: Tensor | tuple[int, ...]) -> Tensors:
+        channels = raw.shape[1] // 2
+        scale = _empty_like(raw[:, :channels], _at_least_float32(raw))
+        for into, part in _strips(scale, raw):
+            into.copy_(part[..., :channels]).div_(CLAMP).atan_().mul_(CLAMP * ATAN_FACTOR)
+        ctx.dims = mean if isinstance(mean, tuple) else None
+        if ctx.dims:
+            mean = _mean_over(ctx.dims, scale)
+        for into, mean_part in _strips(scale, mean):
+            into.sub_(mean_part).exp_()
+        ctx.save_for_backward(raw, scale)
+        ctx.mark_non_differentiable(mean)
+        return scale, raw[:, channels:], mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_scale: Tensor, grad_shift: Tensor, _) -> tuple[Tensor, None]:
+        raw, scale = ctx.saved_tensors
+        channels = scale.shape[1]
+        grad_raw, grad_s = _empty_like(raw), grad_scale * scale
+        if ctx.dims:
+            grad_s -= _mean_over(ctx.dims, grad_s)
+        for into, grad, part, shift in _strips(grad_raw, grad_s, raw, grad_shift):
+            into[..., :channels] = grad.mul_(_slope(part[..., :channels]))
+            into[..., channels:] = shift
+        return grad_raw, None
+
+
+def _slope(s0: Tensor) -> Tensor:
+    """db / ds0 = 0.636 / (1 + (s0 / clamp)^2)."""
+    u = s0.to(_at_least_float32(s0)) * (ATAN_FACTOR**-0.5 / CLAMP)
+    return u.square_().add_(1 / ATAN_FACTOR).reciprocal_()
+
+
+def affine_coupling(matrix: Tensor, scale: Tensor, x: Tensor, shift: Tensor) -> Tensor:
+    """y = A (scale * x + shift) per pixel: A (C,C), the others (B,C,H,W)."""
+    way = plain_affine_coupling if torch.compiler.is_compiling() else _AffineCoupling.apply
+    return way(matrix, scale, x, shift)
+
+
+def plain_affine_coupling(matrix: Tensor, scale: Tensor, x: Tensor, shift: Tensor) -> Tensor:
+    return _matmul(matrix, scale * x + shift)
+
+
+class _AffineCoupling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, matrix: Tensor, scale: Tensor, x: Tensor, shift: Tensor) -> Tensor:
+        ctx.save_for_backward(matrix, scale, x, shift)
+        y = _empty_like(x)
+        for into, scale_part, x_part, shift_part in _strips(y, scale, x, shift):
+            into.copy_((scale_part * x_part + shift_part) @ matrix.T)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y: Tensor) -> Tensors:
+        matrix, *given = ctx.saved_tensors
+        grads = [_empty_like(x) for x in given]
+        grad_matrix = torch.zeros_like(matrix)
+        for grad, scale, x, shift, into_scale, into_x, into_shift in _strips(grad_y, *given, *grads):
+            mixed = (scale * x).add_(shift).reshape(-1, len(matrix))
+            grad = grad.reshape(-1, len(matrix))
+            grad_matrix.addmm_(grad.T, mixed)
+            grad = (grad @ matrix).view(x.shape)
+            torch.mul(grad, x, out=into_scale)
+            torch.mul(grad, scale, out=into_x)
+            into_shift.copy_(grad)
+        return grad_matrix, *grads
+
+
+def undo_affine_coupling(inverse: Tensor, y: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x = (A^-1 y - shift) / scale per pixel: A^-1 (C,C), the others (B,C,H,W)."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return plain_undo_affine_coupling(inverse, y, shift, scale)
+    x = _empty_like(y)
+    for into, y_part, shift_part, scale_part in _strips(x, y, shift, scale):
+        into.copy_((y_part @ inverse.T - shift_part) / scale_part)
+    return x
+
+
+def plain_undo_affine_coupling(inverse: Tensor, y: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return (_matmul(inverse, y) - shift) / scale
+
+
+def _matmul(matrix: Tensor, x: Tensor) -> Tensor:
+    """A x per pixel; unlike as a 1x1 convolution, in full precision where TF32 is chosen for convolutions."""
+    return (x.movedim(1, -1) @ matrix.T).movedim(-1, 1)
+
+
+def _strips(*maps: Tensor) -> Iterator[Tensors]:
+    """The same pixels of each map, as rows (B,n,C), a strip at a time; of a mean over pixels all, (1,1,C)."""
+    rows = [_pixel_rows(x) for x in maps]
+    batch, pixels, channels = rows[0].shape
+    count = pixels
+    if not rows[0].is_cuda:
+        count = max(1, STRIP_ELEMENTS * torch.get_num_threads() // (batch * channels))
+    for start in range(0, pixels, count):
+        yield tuple(x if x.shape[1] == 1 else x[:, start : start + count] for x in rows)
+
+
+def _pixel_rows(x: Tensor) -> Tensor:
+    """(B,C,H,W) -> (B,H*W,C), a view of a channels_last map."""
+    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, x.shape[1])
+
+
+def _mean_over(dims: tuple[int, ...], x: Tensor) -> Tensor:
+    """x.mean(dims, keepdim=True) of (B,C,H,W), in rows, one dimension after the other: faster."""
+    total = _pixel_rows(x)
+    for dim in {(0, 1): (2, 0), (0, 2, 3): (0, 1)}[dims]:
+        total = total.sum(dim, keepdim=True)
+    shape = [1 if dim in dims else n for dim, n in enumerate(x.shape)]
+    return total.mul_(total.numel() / x.numel()).view(shape)
+
+
+def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=MEMORY_FORMAT)
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# ------------------------------------------------------------- gradients in the same memory format
+
+
+def every_second_pixel(x: Tensor) -> Tensor:
+    """(B,C,H,W) -> (B,C,H/2,W/2): nearest-neighbor interpolation to half the size."""
+    way = plain_every_second_pixel if torch.compiler.is_compiling() else _EverySecondPixel.apply
+    return way(x)
+
+
+def plain_every_second_pixel(x: Tensor) -> Tensor:
+    return x[:, :, ::2, ::2]
+
+
+class _EverySecondPixel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return x[:, :, ::2, ::2].contiguous(memory_format=MEMORY_FORMAT)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad_x = torch.empty(
+            ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=MEMORY_FORMAT
+        )
+        grad_x.zero_()[:, :, ::2, ::2] = grad
+        return grad_x
+
+
+def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x[i] and x[j] for all pairs i < j of a batch (B,C,H,W), each (B*(B-1)/2,C,H,W)."""
+    images = x.split(1)  # once, and joined: unlike that of indexing, its gradient has the same format
+    numbers = zip(*itertools.combinations(range(len(x)), 2), strict=True)
+    first, second = ([images[i] for i in side] for side in numbers)
+    return (first[0], second[0]) if len(first) == 1 else (torch.cat(first), torch.cat(second))
+
+
+def plain_pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+    i, j = torch.triu_indices(len(x), len(x), offset=1)
+    return x[i], x[j]
+
+
+def channel_mean(x: Tensor) -> Tensor:
+    """(B,C,H,W) -> (B,1,H,W)."""
+    return x.sum(1, keepdim=True) / x.shape[1]
+
+
+def plain_channel_mean(x: Tensor) -> Tensor:
+    return x.mean(1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------- k x k convolutions
+
+
+def conv2d(
+    weight: Tensor, x: Tensor | None = None, upsampled: Tensor | None = None, stride: int = 1
+) -> Tensor:
+    """Convolution, with "same" zero padding, of a map, of a nearest-upsampled map, or of their concatenation.
+
+    Upsampled maps are never made, and where it pays the frequency domain is taken.
+
+    Args:
+        weight: (O,I,k,k), k odd, I = I1 + I2.
+        x: (B,I1,H,W), or None.
+        upsampled: (B,I2,H/2,W/2), or None.
+        stride: 1 or 2.
+
+    Returns:
+        (B,O,H/stride,W/stride).
+    """
+    own = other = weight
+    if x is not None and upsampled is not None:
+        own, other = weight.split([x.shape[1], upsampled.shape[1]], dim=1)
+    if pays_in_frequency_domain(weight, x, upsampled, stride):
+        sources = (("input", x, own), ("upsampled", upsampled, other))
+        kinds, maps, kernels = zip(*(y for y in sources if y[1] is not None), strict=True)
+        return _SpectralConvolution.apply(kinds, stride, *maps, *kernels)
+    y = None
+    if x is not None:
+        y = F.conv2d(x, own, stride=stride, padding=own.shape[-1] // 2)
+    if upsampled is not None:
+        part = conv2d_of_upsampled(other, upsampled)
+        if stride > 1:  # else no view: gradients of views that are changed in place are copied
+            part = part[:, :, ::stride, ::stride]
+        y = part if y is None else y.add_(part)
+    return y
+
+
+def plain_conv2d(
+    weight: Tensor, x: Tensor | None = None, upsampled: Tensor | None = None, stride: int = 1
+) -> Tensor:
+    maps = [] if x is None else [x]
+    if upsampled is not None:
+        maps.append(F.interpolate(upsampled, scale_factor=2, mode="nearest"))
+    return F.conv2d(torch.cat(maps, 1), weight, stride=stride, padding=weight.shape[-1] // 2)
+
+
+def conv2d_of_upsampled(weight: Tensor, x: Tensor) -> Tensor:
+    """`plain_conv2d(weight, upsampled=x)` as one transposed convolution.
+
+    An input pixel stands for 2x2 pixels of the upsampled map, so the weights it meets add up; about a third
+    of the work at k = 7.
+    """
+    summed = 4 * F.avg_pool2d(weight, 2, stride=1, padding=1)
+    kernel = summed.flip(-2, -1).transpose(0, 1).contiguous(memory_format=MEMORY_FORMAT)
+    return F.conv_transpose2d(x, kernel, stride=2, padding=kernel.shape[-1] // 2 - 1)
+
+
+def pays_in_frequency_domain(
+    weight: Tensor, x: Tensor | None, upsampled: Tensor | None, stride: int
+) -> bool:
+    """Whether the frequency domain is the faster way on this device, in this precision, at this size.
+
+    In bfloat16 it has to save a third of the time, for its rounding errors are twice as large.
+    """
+    if weight.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    bfloat16 = math.inf if "AMX" in cpu_features() else 1.5  # AMX speeds up the direct way alone
+    worth = {torch.float32: 1, torch.bfloat16: bfloat16}.get(weight.dtype, math.inf)
+    outputs = x[:, :1].numel() if x is not None else 4 * upsampled[:, :1].numel()
+    o, i, k, _ = weight.shape
+    i_upsampled = 0 if upsampled is None else upsampled.shape[1]
+    taps = (i - i_upsampled) * k**2 + i_upsampled * (k + 1) ** 2 / 3
+    direct = outputs / stride**2 * o * taps
+    transforms = outputs * (i + o) * TIME_OF_TRANSFORMS + i * o * TIME_OF_KERNEL
+    return worth * (transforms + outputs * i * o * TIME_OF_MIXING) < direct
+
+
+# -------------------------------------------------------------------------- frequency domain
+#
+# A map is cut into tiles of 16x16 outputs.  The (15 + k)^2 inputs that a tile needs are Fourier transformed,
+# frequencies are mixed across channels, and the 16x16 outputs are transformed back (overlap-save).  That is
+# a fifth of the work at k = 7 and many channels.  In float32 it is as accurate as the direct way; in bfloat16
+# its rounding errors are twice as large, as every stage rounds.  Tiles are small enough for every transform
+# to be a matrix product.
+#
+# With maps (B,H,W,C), T = 15 + k and F = T // 2 + 1, a spectrum is (F, tiles, T, 2C): half of the vertical
+# frequencies, the tiles of all images, all horizontal frequencies, real parts and then imaginary parts of
+# the channels.  `to_spectrum` and `from_spectrum` with the same basis are adjoint; the convolution, its
+# gradients, and the transform of its kernel are made of these two and of products over channels.
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Discrete Fourier transform of tiles along one axis, whose samples stand for some of T positions.
+
+    Tile j holds the samples `start + j * stride` to `start + j * stride + n - 1`; those outside the map
+    are zero.
+
+    Attributes:
+        half: (2F,n), real samples to real parts and then imaginary parts of frequencies 0..F-1.
+        full: (2T,2n), complex samples (real parts, then imaginary parts) to all frequencies, real and
+            imaginary part alternating.
+    """
+
+    half: Tensor
+    full: Tensor
+    start: int
+    stride: int
+
+    @property
+    def length(self) -> int:
+        return self.half.shape[1]
+
+    def count(self, size: int) -> int:
+        """Tiles over `size` samples."""
+        return -(-size // self.stride)
+
+    def tiles(self, size: int) -> Iterator[tuple[int, slice, slice]]:
+        """(number, samples inside the map, their places in the tile) of each tile."""
+        for j in range(self.count(size)):
+            first = self.start + j * self.stride
+            begin, end = max(first, 0), min(first + self.length, size)
+            yield j, slice(begin, end), slice(begin - first, end - first)
+
+
+@functools.lru_cache(maxsize=64)
+def basis(kind: str, k: int, dtype: torch.dtype) -> Basis:
+    """The basis of a kind of samples, for kernels of k taps.
+
+    "input": what a tile of outputs needs.  "upsampled": likewise, where a sample stands for two positions.
+    "output": a tile of outputs; scaled, so that `from_spectrum` is the inverse transform.
+    "every second output": half of them.  "kernel": the taps, in a single tile.
+    """
+    positions, radius = TILE + k - 1, k // 2
+    place = torch.arange(positions)
+    start, stride, last = {
+        "input": (-radius, TILE, positions),
+        "upsampled": (-radius // 2, TILE // 2, positions),
+        "output": (0, TILE, TILE),
+        "every second output": (0, TILE // 2, TILE),
+        "kernel": (0, k, k),
+    }[kind]
+    sample = place
+    if kind == "upsampled":
+        sample = (place - radius).div(2, rounding_mode="floor") - start
+    elif kind == "every second output":
+        sample = torch.where(place % 2 == 0, place // 2, -1)
+    sample = torch.where(place < last, sample, -1)
+    spread = (sample[:, None] == torch.arange(int(sample.max()) + 1)).double()  # (T,n)
+
+    angle = (place[:, None] * place % positions).double() * (-2 * math.pi / positions)
+    cos, sin = angle.cos() @ spread, angle.sin() @ spread
+    count = positions // 2 + 1
+    scale_half, scale_full = torch.ones(count, 1, dtype=torch.float64), 1.0
+    if "output" in kind:  # the other half of the frequencies is the conjugate of this one
+        twice = (place[:count] > 0) & (2 * place[:count] < positions)
+        scale_half, scale_full = (1 + twice.double()[:, None]) / positions, 1 / positions
+    half = torch.cat([cos[:count] * scale_half, sin[:count] * scale_half])
+    real, imaginary = torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)
+    full = scale_full * torch.cat([real, imaginary], dim=2).flatten(0, 1)
+    return Basis(half.to(dtype), full.to(dtype), start, stride)
+
+
+def to_spectrum(x: Tensor, by: Basis) -> Tensor:
+    """(B,H,W,C) -> (F, tiles, T, 2C)."""
+    batch, height, width, channels = x.shape
+    down, across = by.count(height), by.count(width)
+    padded = (across - 1) * by.stride + by.length
+    rows = x.new_zeros(len(by.half), batch, down, padded * channels)
+    inside = slice(-by.start * channels, (width - by.start) * channels)
+    for b in range(batch):
+        for j, samples, places in by.tiles(height):
+            strip = x[b, samples].view(-1, width * channels)
+            torch.mm(by.half[:, places], strip, out=rows[:, b, j, inside])
+    frequencies = len(by.half) // 2
+    count = frequencies * batch * down
+    overlapping = rows.as_strided(
+        (count, across, 2, by.length, channels),
+        (padded * channels, by.stride * channels, count * padded * channels, channels, 1),
+    )
+    windows = overlapping.reshape(-1, 2 * by.length, channels)
+    spectrum = torch.bmm(by.full.expand(len(windows), -1, -1), windows)
+    return spectrum.view(frequencies, batch * down * across, -1, 2 * channels)
+
+
+def from_spectrum(spectrum: Tensor, by: Basis, out: Tensor) -> Tensor:
+    """(F, tiles, T, 2C) -> `out` (B,H,W,C), contiguous; the adjoint of `to_spectrum`."""
+    batch, height, width, channels = out.shape
+    down, across = by.count(height), by.count(width)
+    padded = (across - 1) * by.stride + by.length
+    count = len(spectrum) * batch * down
+    windows = spectrum.reshape(-1, len(by.full), channels)
+    windows = torch.bmm(by.full.T.expand(len(windows), -1, -1), windows)
+    windows = windows.view(count, across, 2, by.length, channels).permute(2, 0, 1, 3, 4)
+    apart = by.length == by.stride  # tiles that overlap add up
+    rows = windows if apart else spectrum.new_zeros(2, count, padded, channels)
+    for j in range(0 if apart else across):
+        rows[:, :, j * by.stride : j * by.stride + by.length] += windows[:, :, j]
+    rows = rows.reshape(len(by.half), batch, down, padded * channels)
+    inside = slice(-by.start * channels, (width - by.start) * channels)
+    if not apart:
+        out.zero_()
+    for b in range(batch):
+        for j, samples, places in by.tiles(height):
+            strip = out[b, samples].view(-1, width * channels)
+            torch.addmm(strip, by.half[:, places].T, rows[:, b, j, inside], beta=1 - apart, out=strip)
+    return out
+
+
+def mixing_of(kernel: Tensor) -> Tensor:
+    """(k,k,I,O) -> (F,T,2I,2O): real matrices that multiply by the conjugate of the kernel's spectrum."""
+    k, _, i, o = kernel.shape
+    spectrum = to_spectrum(kernel.reshape(1, k, k, i * o), basis("kernel", k, kernel.dtype))
+    real, imaginary = spectrum[:, 0].unflatten(-1, (2, i, o)).unbind(2)
+    mixing = kernel.new_empty(*real.shape[:2], 2 * i, 2 * o)
+    mixing[..., :i, :o] = mixing[..., i:, o:] = real
+    mixing[..., i:, :o] = imaginary
+    torch.neg(imaginary, out=mixing[..., :i, o:])
+    return mixing
+
+
+def kernel_gradient(mixing_gradient: Tensor, kernel_shape: tuple[int, int, int, int]) -> Tensor:
+    """Adjoint of `mixing_of`."""
+    k, _, i, o = kernel_shape
+    top, bottom = mixing_gradient.split(i, dim=-2)
+    real = top[..., :o] + bottom[..., o:]
+    imaginary = bottom[..., :o] - top[..., o:]
+    spectrum = torch.stack([real, imaginary], dim=2)[:, None]
+    taps = spectrum.new_empty(1, k, k, i * o)
+    return from_spectrum(spectrum, basis("kernel", k, spectrum.dtype), taps).view(kernel_shape)
+
+
+class _SpectralConvolution(torch.autograd.Function):
+    """Sum of the convolutions of maps (B,I,H,W), each with its kernel (O,I,k,k) -> (B,O,H,W)."""
+
+    @staticmethod
+    def forward(ctx, kinds: tuple[str, ...], stride: int, *maps_and_kernels: Tensor) -> Tensor:
+        maps = [x.permute(0, 2, 3, 1) for x in maps_and_kernels[: len(kinds)]]
+        kernels = [x.permute(2, 3, 1, 0) for x in maps_and_kernels[len(kinds) :]]
+        k, dtype = kernels[0].shape[0], maps[0].dtype
+        spectra, mixings, mixed = [], [], None
+        for kind, x, kernel in zip(kinds, maps, kernels, strict=True):
+            spectra.append(to_spectrum(x.contiguous(), basis(kind, k, dtype)))
+            mixings.append(mixing_of(kernel))
+            mixed = _by_channels(spectra[-1], mixings[-1], mixed)
+        ctx.save_for_backward(*spectra, *mixings)
+        ctx.kinds, ctx.shapes = kinds, [(x.shape, y.shape) for x, y in zip(maps, kernels, strict=True)]
+        ctx.kernel_strides = [torch.empty_like(kernel, device="meta").stride() for kernel in kernels]
+        ctx.out_kind = "output" if stride == 1 else "every second output"
+        batch, height, width, _ = maps[0].shape
+        scale = 2 if kinds[0] == "upsampled" else 1
+        height, width = height * scale // stride, width * scale // stride
+        # No view: autograd would copy the gradient of one that is changed in place, into another layout.
+        size = (batch, kernels[0].shape[-1], height, width)
+        y = torch.empty(size, dtype=dtype, device=mixed.device, memory_format=MEMORY_FORMAT)
+        from_spectrum(mixed, basis(ctx.out_kind, k, dtype), y.permute(0, 2, 3, 1))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        count = len(ctx.kinds)
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
+        grad = grad.permute(0, 2, 3, 1).contiguous()
+        k = ctx.shapes[0][1][0]
+        grad = to_spectrum(grad, basis(ctx.out_kind, k, grad.dtype))
+        grads = [None] * (2 * count)
+        for n, (map_shape, kernel_shape) in enumerate(ctx.shapes):
+            spectrum, mixing = saved[n], saved[count + n]
+            if ctx.needs_input_grad[2 + n]:
+                by_channels = _by_channels(grad, mixing.mT)
+                map_grad = grad.new_empty(map_shape)
+                from_spectrum(by_channels, basis(ctx.kinds[n], k, grad.dtype), map_grad)
+                grads[n] = map_grad.permute(0, 3, 1, 2)
+            if ctx.needs_input_grad[2 + count + n]:
+                by_tiles = torch.empty_like(mixing)
+                for x, y, out in zip(spectrum, grad, by_tiles, strict=True):
+                    torch.bmm(x.permute(1, 2, 0), y.transpose(0, 1), out=out)
+                # Laid out as the kernel, or autograd would copy it, and keep both for a while.
+                kernel_grad = torch.empty_strided(kernel_shape, ctx.kernel_strides[n], dtype=grad.dtype)
+                kernel_grad.copy_(kernel_gradient(by_tiles, kernel_shape))
+                grads[count + n] = kernel_grad.permute(3, 2, 0, 1)
+        return None, None, *grads
+
+
+def _by_channels(spectrum: Tensor, mixing: Tensor, into: Tensor | None = None) -> Tensor:
+    """(F, tiles, T, 2I) times (F,T,2I,2O) -> (F, tiles, T, 2O), added to `into`."""
+    out = spectrum.new_empty(*spectrum.shape[:3], mixing.shape[-1]) if into is None else into
+    for x, matrix, y in zip(spectrum, mixing, out.transpose(1, 2), strict=True):
+        if into is None:
+            torch.bmm(x.transpose(0, 1), matrix, out=y)
+        else:
+            torch.baddbmm(y, x.transpose(0, 1), matrix, out=y)
+    return out

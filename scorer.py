@@ -1,0 +1,755 @@
+"""From a trained model to a verdict: templates, anomaly maps, thresholds, and the file that holds them.
+
+    images uint8 (B,h,w,3) -> latents z -> |z - template|, composed -> anomaly map (B,256,256) -> score
+
+`Scorer.fit` makes one of a model and good images, `Scorer.load` reads one from a file.  Two scores:
+
+paper: one template, the mean latent of the good images (Sec. 3.4).
+bank: K good images as templates, differences divided by their usual size, and at each pixel the map of
+    the template that fits best; no training is needed to get from one to the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+
+from autoFlow import Tensors
+from dataset import MASK_SIZE, AnomalyClass, Images, evaluation_order, load_masks, normalize
+from kernels import MEMORY_FORMAT
+from metrics import GroundTruth, sorted_scores
+from model import PyramidFlow, PyramidFlowConfig, compare, coupling_schedule
+from util import (
+    DivergedError,
+    InputError,
+    apply_precision,
+    boolean,
+    choose_precision,
+    free_memory,
+    gather,
+    load_tensors,
+    number,
+    progress,
+    save_tensors,
+    share,
+    total,
+    whole_number,
+)
+
+FORMAT, VERSION = "PyramidFlow checkpoint", 3
+LARGEST = 2**14  # of any number in a configuration: a damaged file must not make a huge model
+LAST_FILE = "last.pt"  # of a run, the scorer of its last epoch
+SCORES = ("paper", "bank")
+MOST_SMOOTH = 64.0
+LATENT_SHARE = 1 / 4  # of the free memory, for latents that are needed more than once
+COARSE_SIZE = 64  # latents are chosen by their two coarsest levels, averaged to at most this size
+CPU_BATCH_ELEMENTS = 2**24  # of features: what computes a kernel's spectrum once for several images
+CUDA_BATCH_ELEMENTS = 2**26
+CUDA_BYTES = 64  # of memory, generously, per element of a feature: stem, hidden maps, latents
+PIXEL_QUANTILE, IMAGE_QUANTILE = 0.999, 0.95
+COLOR_QUANTILE = 0.999  # of good pixels; twice that score has the scale's highest color
+# Where the distribution of pixel scores is stored: every percent, and ever finer towards the highest.
+LEVELS = np.concatenate([np.linspace(0, 0.99, 100), 1 - np.logspace(-2, -6, 41)[1:], [1.0]])
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How good images become a scorer.
+
+    Attributes:
+        score: "paper", one template, the mean; "bank", several good images as templates.
+        num_template: K of the bank; with 1 the bank is the mean, whitened.
+        whiten: divide the bank's differences by their usual size, for each level and channel.
+        smooth: deviation in pixels of a Gaussian over the bank's anomaly maps; 0: none.
+    """
+
+    score: str = "paper"
+    num_template: int = 16
+    whiten: bool = True
+    smooth: float = 0.0
+
+    @classmethod
+    def from_flags(cls, args: argparse.Namespace) -> ScoreOptions:
+        """The options that the flags of `add_score_flags` ask for."""
+        return cls(args.score, args.numTemplate, args.whiten, args.smooth)
+
+
+def add_score_flags(parser: argparse._ActionsContainer) -> None:
+    """The flags of all scripts that fit a scorer."""
+    default = ScoreOptions()  # the formatter of util.Parser shows each flag's default
+    parser.add_argument(
+        "--score", choices=SCORES, default=default.score,
+        help="paper: difference to the mean latent; bank: to the best fitting of several good images, "
+        "for parts at any angle and wandering textures",
+    )  # fmt: skip
+    parser.add_argument(
+        "--numTemplate", type=whole_number(1, 4096), default=default.num_template, metavar="K",
+        help="--score bank: templates",
+    )  # fmt: skip
+    parser.add_argument(
+        "--whiten", type=boolean, default=default.whiten, metavar="{true,false}",
+        help="--score bank: divide differences by their usual size, per level and channel",
+    )  # fmt: skip
+    parser.add_argument(
+        "--smooth", type=number(0, MOST_SMOOTH), default=default.smooth, metavar="PIXELS",
+        help="--score bank: deviation of a Gaussian over the anomaly map",
+    )  # fmt: skip
+
+
+def check_score_flags(args: argparse.Namespace) -> None:
+    """Raises InputError if a flag of the bank was given without the bank."""
+    if args.score != "bank" and ScoreOptions.from_flags(args) != ScoreOptions(args.score):
+        raise InputError("--numTemplate, --whiten and --smooth need --score bank; add it")
+
+
+@dataclass
+class Scorer:
+    """A model with templates and thresholds: images in, anomaly maps out.
+
+    Attributes:
+        model: in eval mode, on the device.
+        templates: L levels (K,C,H/2^i,W/2^i) there, in units of `sigma`; K = 1: the mean.
+        sigma: L tensors (C,), by which differences are divided; None: they are not.
+        smooth: deviation in pixels of the Gaussian over maps; 0: none.
+        calibration: scores of good images; None if there were too few.
+        metrics: of the class's test images, with the thresholds of best F1; may be empty.
+        class_name: what it was fitted on.
+        settings: flags of the training.
+        path: of the file it was read from.
+    """
+
+    model: PyramidFlow
+    templates: Tensors
+    sigma: Tensors | None = None
+    smooth: float = 0.0
+    calibration: Calibration | None = None
+    metrics: dict = field(default_factory=dict)
+    class_name: str = ""
+    settings: dict = field(default_factory=dict)
+    path: Path | None = None
+
+    @classmethod
+    def fit(
+        cls, model: PyramidFlow, images: Images, options: ScoreOptions | None = None, template: str = "mean",
+        class_name: str = "", settings: dict | None = None,
+    ) -> Scorer:  # fmt: skip
+        """Templates, whitening and calibration of good images, always of the weights as they are.
+
+        Works over all processes, with the same result in each.
+
+        Args:
+            images: good ones, un-augmented.
+            template: "zero" takes zero in place of the mean (ablation II of Table 2).
+
+        Raises:
+            ValueError: no images.
+        """
+        return fit_all(model, images, [options or ScoreOptions()], template, class_name, settings)[0]
+
+    @torch.no_grad()
+    def score(self, images: Tensor) -> Tensor:
+        """Anomaly maps, float32 (B,256,256), of images uint8 (B,h,w,3) of the model's size.
+
+        An image's score is its map's maximum.
+        """
+        return self.map_of_latents(latents_of(self.model, images.to(self.device)))
+
+    def map_of_latents(self, latents: Tensors, left_out: Tensor | None = None) -> Tensor:
+        """Anomaly maps (B,256,256) of a latent pyramid (Sec. 3.4).
+
+        Args:
+            left_out: (B,) the template that each image is not compared with; -1: none.
+        """
+        maps = self.difference(latents, left_out)
+        if maps.shape[-2:] != MASK_SIZE:
+            maps = F.interpolate(maps[:, None], MASK_SIZE, mode="bilinear", antialias=True)[:, 0]
+        return gaussian(maps, self.smooth) if self.smooth else maps
+
+    def difference(self, latents: Tensors, left_out: Tensor | None = None) -> Tensor:
+        """At each pixel the difference to the template that fits best, (B,H,W) of the finest level."""
+        best = None
+        for k, maps in enumerate(self._differences(latents)):  # all at once would not fit in memory
+            if left_out is not None:
+                maps = maps.masked_fill((left_out == k)[:, None, None], torch.inf)
+            best = maps if best is None else torch.minimum(best, maps)
+        return best
+
+    def _differences(self, latents: Tensors) -> Iterator[Tensor]:
+        """The difference to each template in turn, composed, (B,H,W)."""
+        if self.sigma is not None:
+            latents = tuple(z / s[:, None, None] for z, s in zip(latents, self.sigma, strict=True))
+        for template in zip(*(t.split(1) for t in self.templates), strict=True):
+            yield compare(self.model.pyramid, latents, template, torch.abs, self.config.contrast)
+
+    def score_all(self, images: Images, description: str = "test") -> Tensor:
+        """Anomaly maps (N,256,256) of all images, in every process; raises DivergedError as `score_all`."""
+        return score_all([self], images, description)[0]
+
+    @torch.no_grad()
+    def image_template(self, image: np.ndarray | None = None) -> Tensor | None:
+        """Normalized image (3,h,w) of a template by inverse flow (Fig. 7); None where the stem has no inverse.
+
+        Args:
+            image: uint8 (h,w,3), to choose the template that is nearest to it; None: the first.
+        """
+        if self.config.encoder != "none":
+            return None
+        nearest = 0
+        if image is not None and len(self.templates[0]) > 1:
+            latents = latents_of(self.model, torch.from_numpy(image)[None].to(self.device))
+            nearest = int(torch.stack([d.mean() for d in self._differences(latents)]).argmin())
+        template = tuple(t[nearest : nearest + 1] for t in self.templates)
+        if self.sigma is not None:
+            template = tuple(t * s[:, None, None] for t, s in zip(template, self.sigma, strict=True))
+        return self.model.eval().inverse(template)[0]
+
+    @property
+    def config(self) -> PyramidFlowConfig:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.templates[0].device
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.config.image_size
+
+    @property
+    def options(self) -> ScoreOptions:
+        """What it was fitted with; of templates, as many as there are."""
+        count, whiten = len(self.templates[0]), self.sigma is not None
+        score = "bank" if count > 1 or whiten or self.smooth else "paper"
+        return ScoreOptions(score, count, whiten, self.smooth)
+
+    def save(self, path: Path) -> None:
+        """Write everything to one file of tensors and plain values that `load` reads.
+
+        Raises:
+            OSError: the disk is full, or the folder cannot be written to.
+        """
+        content = {
+            "class": self.class_name,
+            "config": self.config.to_dict(),
+            "settings": self.settings,
+            "model": {name: x.cpu() for name, x in self.model.state_dict().items()},
+            "templates": [t.cpu() for t in self.templates],
+            "sigma": None if self.sigma is None else [s.cpu() for s in self.sigma],
+            "smooth": self.smooth,
+            "metrics": self.metrics,
+            "calibration": None if self.calibration is None else asdict(self.calibration),
+        }
+        save_checkpoint(path, content)
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu", precision: str = "auto") -> Scorer:
+        """Read what `save` wrote, as every run does; nothing in the file is executed.
+
+        Raises:
+            InputError: it is missing, damaged, of another version, or holds what does not fit together.
+        """
+        path, device = Path(path), torch.device(device)
+        content = load_checkpoint(path)
+        if "optimizer" in content:
+            raise InputError(f"{path} is what --resume needs; choose last.pt beside it")
+        try:
+            scorer = cls._from_content(content)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+            raise InputError(
+                f"{path} is damaged ({reason}); use another checkpoint, or train again"
+            ) from None
+        scorer.path = path
+        precision = choose_precision(precision, device, scorer.settings.get("precision"))
+        return scorer.to(device, precision)
+
+    @classmethod
+    def _from_content(cls, content: dict) -> Scorer:
+        """Raises one of many errors unless the content is what `save` writes."""
+        config = read_config(content["config"])
+        sigma, calibration = content["sigma"], content["calibration"]
+        return cls(
+            model=read_model(config, content["model"]).eval(),
+            templates=read_templates(config, content["templates"]),
+            sigma=None if sigma is None else read_sigma(config, sigma),
+            smooth=read_smooth(content["smooth"]),
+            calibration=None if calibration is None else Calibration.from_dict(calibration),
+            metrics=read_metrics(content["metrics"]),
+            class_name=str(content["class"]),
+            settings=dict(content["settings"]),
+        )
+
+    def to(self, device: torch.device, precision: str) -> Scorer:
+        """Move everything to the device, its networks to compute in the precision."""
+        self.model.to(device).compute_networks_in(apply_precision(precision))
+        self.templates = tuple(t.to(device, memory_format=MEMORY_FORMAT) for t in self.templates)
+        self.sigma = None if self.sigma is None else tuple(s.to(device) for s in self.sigma)
+        return self
+
+
+@torch.no_grad()
+def score_all(scorers: Sequence[Scorer], images: Images, description: str = "test") -> list[Tensor]:
+    """Anomaly maps (N,256,256) of all images, in every process, by each scorer of one model.
+
+    Raises:
+        DivergedError: a score is not finite.
+    """
+    model, device = scorers[0].model.eval(), scorers[0].device
+    indices = evaluation_order(share(range(len(images))), batch_size(model.config, device))
+    parts = [[torch.zeros(0, *MASK_SIZE, device=device)] for _ in scorers]
+    for batch in progress(images.batches(indices), description, len(indices)):
+        latents = latents_of(model, batch)
+        for scorer, maps in zip(scorers, parts, strict=True):
+            maps.append(scorer.map_of_latents(latents))
+    results = [gather(torch.cat(maps), len(images)) for maps in parts]
+    if not all(torch.isfinite(maps).all() for maps in results):
+        raise DivergedError("anomaly maps are no longer finite")
+    return results
+
+
+def gaussian(maps: Tensor, deviation: float) -> Tensor:
+    """Maps (B,H,W), smoothed; reflected at the border."""
+    size = 2 * min(int(4 * deviation + 0.5), *(n - 1 for n in maps.shape[-2:])) + 1
+    return torchvision.transforms.functional.gaussian_blur(maps, [size, size], [deviation] * 2)
+
+
+def latents_of(model: PyramidFlow, images: Tensor) -> Tensors:
+    """Latent pyramid, L levels (B,C,H/2^i,W/2^i), of images uint8 (B,h,w,3)."""
+    return model(normalize(images))[0]
+
+
+def batch_size(config: PyramidFlowConfig, device: torch.device) -> int:
+    """Images that are scored together; on CUDA no more than half of the free memory holds."""
+    height, width = config.level_size(0)
+    elements = CPU_BATCH_ELEMENTS
+    if device.type == "cuda":
+        elements = min(CUDA_BATCH_ELEMENTS, free_memory(device) // 2 // CUDA_BYTES)
+    maps = MASK_SIZE[0] * MASK_SIZE[1]
+    return max(1, elements // max(height * width * config.channels, maps))
+
+
+# ------------------------------------------------------------------------------------ fitting
+
+
+def fit_all(
+    model: PyramidFlow, images: Images, options: Sequence[ScoreOptions], template: str = "mean",
+    class_name: str = "", settings: dict | None = None,
+) -> list[Scorer]:  # fmt: skip
+    """`Scorer.fit` for each of the options, with one pass of the images through the network."""
+    model.eval()
+    latents = Latents(model, images)
+    statistics = Statistics.of(latents)
+    scorers = []
+    for option in options:
+        chosen, scorer = (
+            [],
+            Scorer(model, statistics.mean, class_name=class_name, settings=settings or {}),
+        )
+        if template == "zero":
+            scorer.templates = tuple(torch.zeros_like(t) for t in statistics.mean)
+        if option.score == "bank":
+            chosen = statistics.choose(option.num_template)
+            scorer.sigma = statistics.sigma if option.whiten else None
+            scorer.smooth = option.smooth
+            scorer.templates = latents.select(chosen) if chosen else scorer.templates
+            if scorer.sigma is not None:
+                pairs = zip(scorer.templates, scorer.sigma, strict=True)
+                scorer.templates = tuple(t / s[:, None, None] for t, s in pairs)
+        if len(images) > 1:
+            scorer.calibration = calibrate(scorer, latents, chosen, template == "mean")
+        scorers.append(scorer)
+    return scorers
+
+
+class Latents:
+    """Latents of the images in eval mode, a batch at a time; kept in memory where they fit.
+
+    Args:
+        images: all of them; each process computes its share.
+    """
+
+    def __init__(self, model: PyramidFlow, images: Images):
+        self.model, self.images = model, images
+        self.device = next(model.parameters()).device
+        indices = share(range(len(images)))
+        self._batches = evaluation_order(indices, batch_size(model.config, self.device))
+        sizes = (model.config.level_size(i) for i in range(model.config.num_level))
+        num_bytes = sum(4 * model.config.channels * h * w for h, w in sizes) * len(indices)
+        self._fit = num_bytes < LATENT_SHARE * free_memory(self.device)
+        self._kept: list[tuple[Tensor, Tensors]] = []
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensors]]:
+        """(indices (B,), latents) of each batch."""
+        if self._kept:
+            yield from self._kept
+            return
+        batches = progress(self.images.batches(self._batches), "good images", len(self._batches))
+        for indices, batch in zip(self._batches, batches, strict=True):
+            with torch.no_grad():
+                pair = indices, latents_of(self.model, batch)
+            if self._fit:
+                self._kept.append(pair)
+            yield pair
+
+    def select(self, chosen: list[int]) -> Tensors:
+        """Latents of some images, L levels (K,C,H/2^i,W/2^i), in every process."""
+        order = evaluation_order(chosen, batch_size(self.model.config, self.device))
+        with torch.no_grad():
+            parts = [latents_of(self.model, batch) for batch in self.images.batches(order)]
+        return tuple(
+            torch.cat(level).contiguous(memory_format=MEMORY_FORMAT)
+            for level in zip(*parts, strict=True)
+        )
+
+
+@dataclass
+class Statistics:
+    """What the good images have in common.
+
+    Attributes:
+        mean: L levels (1,C,H/2^i,W/2^i), the paper's latent template.
+        sigma: L tensors (C,), the root of the variance over images, averaged over pixels.
+        coarse: (N,D) each image's coarsest levels, to tell images apart.
+    """
+
+    mean: Tensors
+    sigma: Tensors
+    coarse: Tensor
+
+    @classmethod
+    def of(cls, latents: Latents) -> Statistics:
+        """Raises ValueError if there are no images."""
+        count = len(latents.images)
+        if not count:
+            raise ValueError("a template needs at least one image")
+        config = latents.model.config
+        shapes = [(1, config.channels, *config.level_size(i)) for i in range(config.num_level)]
+        zeros = {"dtype": torch.float64, "device": latents.device}
+        sums = [torch.zeros(s, **zeros).contiguous(memory_format=MEMORY_FORMAT) for s in shapes]
+        squares = [torch.zeros(config.channels, **zeros) for _ in shapes]
+        coarse = [torch.zeros(0, coarse_levels(tuple(sums)).shape[1], device=latents.device)]
+        for _, levels in latents:
+            for z, s, q in zip(levels, sums, squares, strict=True):
+                s += _sum_of_images(z)
+                q += _rows(z).square().sum(0, dtype=torch.float64)
+            coarse.append(coarse_levels(levels))
+        total([*sums, *squares])
+        mean = [s / count for s in sums]
+        variance = [
+            q / count / m[0, 0].numel() - _rows(m).square().mean(0)
+            for q, m in zip(squares, mean, strict=True)
+        ]
+        sigma = tuple(v.clamp(min=1e-12).sqrt().float() for v in variance)
+        return cls(tuple(m.float() for m in mean), sigma, gather(torch.cat(coarse), count))
+
+    def choose(self, count: int) -> list[int]:
+        """Images that stand for all by greedy k-center, starting at the one nearest to the mean.
+
+        Args:
+            count: K; with 1 none is chosen, for the mean itself is the template.
+        """
+        if count == 1:
+            return []
+        chosen = [int(torch.cdist(self.coarse.mean(0, keepdim=True), self.coarse).argmin())]
+        distance = torch.full((len(self.coarse),), torch.inf, device=self.coarse.device)
+        while len(chosen) < min(count, len(self.coarse)):
+            distance = distance.minimum((self.coarse - self.coarse[chosen[-1]]).norm(dim=1))
+            chosen.append(int(distance.argmax()))
+        return chosen
+
+
+def _rows(z: Tensor) -> Tensor:
+    """(B,C,H,W) -> (B*H*W,C), a view of a channels_last map."""
+    return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+
+
+def _sum_of_images(z: Tensor) -> Tensor:
+    """(B,C,H,W) -> (1,C,H,W) in float64; unlike z.sum(0), in the same memory format."""
+    rows = z.permute(0, 2, 3, 1).reshape(len(z), -1)
+    _, channels, height, width = z.shape
+    return rows.sum(0, dtype=torch.float64).view(1, height, width, channels).permute(0, 3, 1, 2)
+
+
+def coarse_levels(latents: Tensors) -> Tensor:
+    """(B,D) the two coarsest levels, averaged to at most 64x64."""
+    small = []
+    for z in latents[-2:]:
+        factor = -(-max(z.shape[-2:]) // COARSE_SIZE)
+        small.append((F.avg_pool2d(z, factor, ceil_mode=True) if factor > 1 else z).flatten(1).float())
+    return torch.cat(small, 1)
+
+
+# ------------------------------------------------------------------------------------ thresholds
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """From these scores on, a pixel and an image are called defective."""
+
+    pixel: float
+    image: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scores of good images, known without any defective one.
+
+    Attributes:
+        image_scores: ascending.
+        pixel_scores: at `LEVELS`.
+    """
+
+    image_scores: list[float]
+    pixel_scores: list[float]
+
+    def thresholds(
+        self, pixel_quantile: float = PIXEL_QUANTILE, image_quantile: float = IMAGE_QUANTILE
+    ) -> Thresholds:
+        return Thresholds(
+            float(np.interp(pixel_quantile, LEVELS, self.pixel_scores)),
+            float(np.quantile(self.image_scores, image_quantile)),
+        )
+
+    def color_scale(self) -> tuple[float, float]:
+        """(lowest, highest) score of a color scale on which good images look good."""
+        low = self.pixel_scores[0]
+        return low, max(2 * float(np.interp(COLOR_QUANTILE, LEVELS, self.pixel_scores)), low + 1e-12)
+
+    @classmethod
+    def from_dict(cls, given: object) -> Calibration:
+        """Raises ValueError unless `given` is what `dataclasses.asdict` gives."""
+        if not isinstance(given, dict) or given.keys() != {"image_scores", "pixel_scores"}:
+            raise ValueError("not a calibration")
+        for scores in given.values():
+            if not (isinstance(scores, list) and scores and all(isinstance(x, float) for x in scores)):
+                raise ValueError("not a list of scores")
+            if not np.isfinite(scores).all() or (np.diff(scores) < 0).any():
+                raise ValueError("scores that are not ascending")
+        if len(given["pixel_scores"]) != len(LEVELS):
+            raise ValueError("wrong number of scores")
+        return cls(**given)
+
+
+def calibrate(
+    scorer: Scorer, latents: Latents, chosen: list[int], template_is_mean: bool
+) -> Calibration:
+    """Score the images that the scorer was fitted on, each as if it had not been one of them.
+
+    The mean m of N latents and the mean m' of all but z satisfy z - m' = (z - m) N / (N - 1), and a map is
+    linear in |z - m|: the map against m' is the map against m times N / (N - 1), exactly.  An image in the
+    bank is compared with the other templates only.  The weights have seen the image, which this does not
+    correct.
+
+    Args:
+        chosen: the images in the bank.
+        template_is_mean: of these images; else, and without a bank, it does not depend on them.
+    """
+    count = len(latents.images)
+    place = torch.full((count,), -1)
+    place[chosen] = torch.arange(len(chosen))
+    maps = [torch.zeros(0, *MASK_SIZE, device=latents.device)]
+    for indices, levels in latents:
+        left_out = place[indices].to(latents.device) if chosen else None
+        maps.append(scorer.map_of_latents(levels, left_out))
+    factor = count / (count - 1) if template_is_mean and not chosen else 1.0
+    return distribution(gather(torch.cat(maps), count) * factor)
+
+
+def distribution(maps: Tensor) -> Calibration:
+    """Scores of anomaly maps (N,H,W).
+
+    Raises:
+        DivergedError: a score is not finite.
+    """
+    if not torch.isfinite(maps).all():
+        raise DivergedError("anomaly maps are no longer finite")
+    pixels = sorted_scores(maps.flatten()).cpu().numpy()
+    places = LEVELS * (len(pixels) - 1)
+    below, above = np.floor(places).astype(int), np.ceil(places).astype(int)
+    pixel_scores = pixels[below] + (places - below) * (pixels[above] - pixels[below])
+    return Calibration(
+        image_scores=maps.flatten(1).amax(1).sort().values.tolist(),
+        pixel_scores=pixel_scores.tolist(),
+    )
+
+
+def choose_thresholds(
+    choice: str, metrics: dict, calibration: Calibration | None, quantiles: tuple[float, float]
+) -> Thresholds:
+    """`--threshold`: f1, quantile, or a number for pixels and images alike.
+
+    Args:
+        metrics: of the checkpoint.
+        quantiles: of good pixels and of good images.
+
+    Raises:
+        InputError: the checkpoint does not hold what the choice needs.
+    """
+    if choice == "quantile":
+        if calibration is None:
+            raise InputError(
+                "the checkpoint has no scores of good images; fit it on at least two, or use --threshold f1 "
+                "or a number"
+            )
+        return calibration.thresholds(*quantiles)
+    if choice == "f1":
+        pixel, image = metrics.get("pixel_threshold"), metrics.get("image_threshold")
+        if image is None:
+            raise InputError(
+                "--threshold f1 needs defective and good test images, which the checkpoint's data set lacks; "
+                "use --threshold quantile or a number"
+            )
+        return Thresholds(image if pixel is None else pixel, image)
+    try:
+        value = float(choice)
+    except ValueError:
+        value = float("nan")
+    if not np.isfinite(value):
+        raise InputError(f"--threshold {choice}: use f1, quantile or a number")
+    return Thresholds(value, value)
+
+
+@dataclass
+class TestSet:
+    """The test images of a class.
+
+    Attributes:
+        data: the class.
+        images: of it, as the model takes them.
+        truth: the masks as the metrics need them, on the device.
+    """
+
+    data: AnomalyClass
+    images: Images
+    truth: GroundTruth
+    __test__ = False  # for pytest: its name is no test's
+
+    @classmethod
+    def load(
+        cls, data: AnomalyClass, config: PyramidFlowConfig, cache: str, num_workers: int, device: torch.device
+    ) -> TestSet:  # fmt: skip
+        paths = [image.path for image in data.test]
+        images = Images(paths, config.image_size, cache, device, num_workers, "test images")
+        truth = GroundTruth.from_masks(data.defective, load_masks(data, num_workers), device)
+        return cls(data, images, truth)
+
+
+# ---------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """`util.save_tensors`, with format, version and library versions."""
+    versions = {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
+    save_tensors(path, {"format": FORMAT, "version": VERSION, "versions": versions, **content})
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read what `save_checkpoint` wrote; nothing in the file is executed.
+
+    Raises:
+        InputError: missing, damaged, or not such a file.
+    """
+    content = load_tensors(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(
+            f"{path} is not a PyramidFlow checkpoint; choose a .pt file that train.py wrote"
+        )
+    version = content.get("version")
+    if not isinstance(version, int) or version != VERSION:
+        raise InputError(
+            f"{path} is of checkpoint version {str(version)[:20]}, this program reads {VERSION}; train again "
+            "or use the program that wrote it"
+        )
+    return content
+
+
+def read_config(given: dict) -> PyramidFlowConfig:
+    """Raises ValueError unless `given` is what `PyramidFlowConfig.to_dict` gives."""
+    names = {item.name for item in fields(PyramidFlowConfig)}
+    if not isinstance(given, dict) or given.keys() != names:
+        raise ValueError("not a configuration")
+    for value in (*given.values(), *given["image_size"]):
+        if not isinstance(value, (str, bool, int, list)) or (isinstance(value, int) and value > LARGEST):
+            raise ValueError(f"configuration value {value!r}")
+    if len(given["image_size"]) != 2:
+        raise ValueError("image size")
+    return PyramidFlowConfig(**given)
+
+
+def read_model(config: PyramidFlowConfig, state_dict: dict[str, Tensor]) -> PyramidFlow:
+    """Raises ValueError or RuntimeError unless the weights are those of the configuration, and finite."""
+    blocks = {name.split(".")[1] for name in state_dict if name.startswith("flow.")}
+    if len(blocks) != config.num_stack * len(coupling_schedule(config.num_level)):
+        raise ValueError("number of coupling blocks")
+    with torch.device("meta"):
+        model = PyramidFlow(config)
+    expected = model.state_dict()
+    for name in expected.keys() ^ state_dict.keys():
+        raise ValueError(f"entry {name} is missing or unexpected")
+    for name, x in state_dict.items():
+        read_tensor(x, expected[name].shape, expected[name].dtype, f"entry {name}")
+    model = PyramidFlow(config)
+    model.load_state_dict(state_dict)
+    return model
+
+
+def read_tensor(x: object, shape: Sequence[int], dtype: torch.dtype, name: str) -> Tensor:
+    """Raises ValueError unless `x` is a dense, finite tensor of that shape and dtype."""
+    if (
+        not isinstance(x, Tensor)
+        or x.layout != torch.strided
+        or x.device.type == "meta"
+        or x.is_quantized
+    ):
+        raise ValueError(f"{name} is not a tensor")
+    if tuple(x.shape) != tuple(shape) or x.dtype != dtype:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, not {tuple(shape)}")
+    if x.numel() * x.element_size() > x.untyped_storage().nbytes() or not x.isfinite().all():
+        raise ValueError(f"{name} is not finite")
+    return x
+
+
+def read_templates(config: PyramidFlowConfig, given: list[Tensor]) -> Tensors:
+    """Raises ValueError unless `given` are latent templates for the configuration, and finite."""
+    if not isinstance(given, list) or len(given) != config.num_level:
+        raise ValueError("number of template levels")
+    count = len(given[0]) if isinstance(given[0], Tensor) and given[0].dim() == 4 else 1
+    if not count:
+        raise ValueError("number of templates")
+    shapes = [(count, config.channels, *config.level_size(i)) for i in range(config.num_level)]
+    pairs = enumerate(zip(given, shapes, strict=True))
+    return tuple(read_tensor(x, shape, torch.float32, f"template level {i}") for i, (x, shape) in pairs)
+
+
+def read_sigma(config: PyramidFlowConfig, given: list[Tensor]) -> Tensors:
+    """Raises ValueError unless `given` is the whitening of templates for the configuration."""
+    if not isinstance(given, list) or len(given) != config.num_level:
+        raise ValueError("number of whitening levels")
+    sigma = tuple(read_tensor(s, (config.channels,), torch.float32, "whitening") for s in given)
+    if any((s <= 0).any() for s in sigma):
+        raise ValueError("whitening that is not positive")
+    return sigma
+
+
+def read_smooth(given: float) -> float:
+    """Raises ValueError unless `given` is what --smooth takes."""
+    if not isinstance(given, (int, float)) or not 0 <= given <= MOST_SMOOTH:
+        raise ValueError("smoothing")
+    return given
+
+
+def read_metrics(given: dict) -> dict:
+    """Raises ValueError unless `given` are finite numbers by name, None, and the name of the score."""
+    for name, value in dict(given).items():
+        number_ = isinstance(value, (int, float)) and np.isfinite(value)
+        if not (number_ or value is None or (name == "score" and value in SCORES)):
+            raise ValueError(f"metric {name}")
+    return dict(given)

@@ -1,0 +1,191 @@
+"""Each kernel equals its plain twin, the formula; and the frequency domain is what kernels.py says it is."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from kernels import MEMORY_FORMAT, basis, conv2d, from_spectrum, pays_in_frequency_domain, to_spectrum
+
+
+def random(*shape):
+    x = torch.randn(*shape, dtype=torch.float64)
+    return (x.to(memory_format=MEMORY_FORMAT) if x.dim() == 4 else x).requires_grad_()
+
+
+# -------------------------------------------------------------------------- kernels and formulas
+
+
+def cases():
+    """(name of a kernel, its arguments)."""
+    torch.manual_seed(0)
+    matrix, x, shift, log_scale = random(3, 3), *(random(2, 3, 10, 7) for _ in range(3))
+    scale = log_scale.detach().exp().requires_grad_()
+    yield "affine_coupling", (matrix, scale, x, shift)
+    yield "undo_affine_coupling", (matrix, x, shift, scale)
+    running_means = (random(1, 1, 10, 7).detach(), random(1, 3, 1, 1).detach(), torch.zeros(1, 1, 1, 1))
+    for mean in ((0, 1), (0, 2, 3), *running_means):
+        yield "scale_and_shift", (random(2, 6, 10, 7), mean)
+    yield "every_second_pixel", (random(2, 3, 6, 4),)
+    yield "pairs", (random(2, 3, 6, 5),)
+    yield "pairs", (random(4, 3, 6, 5),)
+    yield "channel_mean", (x,)
+    sizes, sources = [(32, 16), (48, 36), (10, 4), (12, 10)], ["map", "upsampled", "both"]
+    for k, (h, w), source, stride in itertools.product([1, 3, 5, 7, 9], sizes, sources, [1, 2]):
+        x = None if source == "upsampled" else random(2, 3, h, w)
+        upsampled = None if source == "map" else random(2, 2, h // 2, w // 2)
+        channels = {"map": 3, "upsampled": 2, "both": 5}[source]
+        yield "conv2d", (random(4, channels, k, k), x, upsampled, stride)
+
+
+def describe(value):
+    arguments = value if isinstance(value, tuple) else (value,)
+    return "-".join("x".join(map(str, x.shape)) if isinstance(x, Tensor) else str(x) for x in arguments)
+
+
+def test_every_kernel_has_a_case():
+    twins = {name.removeprefix("plain_") for name in vars(kernels) if name.startswith("plain_")}
+    assert twins == {name for name, _ in cases()}
+
+
+@pytest.fixture(params=["direct", "frequency domain"])
+def way(request, monkeypatch):
+    """Either way of the convolution; beside it, strips as they are, or so short that there are many."""
+    other = request.param == "frequency domain"
+    monkeypatch.setattr(kernels, "pays_in_frequency_domain", lambda *_: other)
+    if other:
+        monkeypatch.setattr(kernels, "STRIP_ELEMENTS", 48)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("memory_format", [MEMORY_FORMAT, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize(("name", "arguments"), list(cases()), ids=describe)
+def test_kernel_equals_its_formula_with_all_gradients(name, arguments, memory_format):
+    kernel, formula = getattr(kernels, name), getattr(kernels, f"plain_{name}")
+    arguments = [
+        x.contiguous(memory_format=memory_format) if isinstance(x, Tensor) and x.dim() == 4 else x
+        for x in arguments
+    ]
+    expected = as_tuple(formula(*arguments))
+    with torch.no_grad():
+        torch.testing.assert_close(as_tuple(kernel(*arguments)), expected)
+    results = as_tuple(kernel(*arguments))
+    torch.testing.assert_close(results, expected)
+    assert [y.requires_grad for y in results] == [y.requires_grad for y in expected]
+    learned = [i for i, y in enumerate(expected) if y.requires_grad]
+    cotangents = [torch.randn_like(expected[i]) for i in learned]
+    sources = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+    torch.testing.assert_close(
+        torch.autograd.grad([results[i] for i in learned], sources, cotangents),
+        torch.autograd.grad([expected[i] for i in learned], sources, cotangents),
+    )
+
+
+def as_tuple(x):
+    return x if isinstance(x, tuple) else (x,)
+
+
+def test_scale_is_at_least_float32_and_shift_stays_as_it_is():
+    raw = random(2, 6, 8, 8).detach().bfloat16()
+    for function in (kernels.scale_and_shift, kernels.plain_scale_and_shift):
+        assert [y.dtype for y in function(raw, (0, 1))] == [torch.float32, torch.bfloat16, torch.float32]
+
+
+# ------------------------------------------------------------------------------ k x k convolutions
+
+
+@pytest.mark.usefixtures("way")
+def test_only_gradients_that_are_asked_for():
+    x, weight = random(1, 2, 16, 16), random(3, 2, 7, 7)
+    for wanted, other in ((x, weight), (weight, x)):
+        other.requires_grad_(False)
+        conv2d(weight, x).sum().backward()
+        assert wanted.grad is not None
+        assert other.grad is None
+        other.requires_grad_()
+        wanted.grad = None
+
+
+@pytest.mark.usefixtures("way")
+def test_inside_torch_checkpoint():
+    x, weight = random(1, 2, 16, 16), random(3, 2, 7, 7)
+    plain = torch.autograd.grad(conv2d(weight, x).square().sum(), (x, weight))
+    recomputed = checkpoint(conv2d, weight, x, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(recomputed.square().sum(), (x, weight)), plain)
+
+
+def test_float32_is_as_accurate_as_the_direct_convolution():
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 64, 128, 128), torch.randn(64, 64, 7, 7)
+    assert pays_in_frequency_domain(weight, x, None, 1)
+    exact = F.conv2d(x.double(), weight.double(), padding=3)
+    error = (conv2d(weight, x) - exact).abs().max() / exact.abs().max()
+    assert error < 3e-6
+
+
+@pytest.mark.parametrize(("dtype", "times_worse"), [(torch.float32, 1), (torch.bfloat16, 3)])
+def test_accuracy_beside_that_of_the_direct_convolution(dtype, times_worse, monkeypatch):
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 64, 64, 64), torch.randn(64, 64, 7, 7)
+    exact = F.conv2d(x.double(), weight.double(), padding=3)
+    errors = []
+    for chosen in (True, False):
+        monkeypatch.setattr(kernels, "pays_in_frequency_domain", lambda *_, chosen=chosen: chosen)
+        errors.append((conv2d(weight.to(dtype), x.to(dtype)) - exact).norm() / exact.norm())
+    assert errors[0] < times_worse * errors[1]
+
+
+def test_the_frequency_domain_is_for_large_maps_of_many_channels_on_the_cpu(monkeypatch):
+    def pays(size, channels, k=7, stride=1, dtype=torch.float32):
+        weight = torch.empty(channels, channels, k, k, dtype=dtype, device="meta")
+        x = torch.empty(2, channels, size, size, dtype=dtype, device="meta")
+        return pays_in_frequency_domain(_OnCpu(weight), x, None, stride)
+
+    class _OnCpu:
+        def __init__(self, tensor):
+            self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, torch.device("cpu")
+
+    monkeypatch.setattr(kernels, "cpu_features", lambda: [])
+    assert pays(256, 128)
+    assert pays(256, 32)
+    assert not pays(8, 128)
+    assert not pays(256, 4)
+    assert not pays(256, 32, k=3)
+    assert not pays(64, 128, stride=2)
+    assert not pays(256, 128, dtype=torch.float64)
+    assert pays(256, 128, dtype=torch.bfloat16)
+    assert not pays(256, 32, dtype=torch.bfloat16)
+    monkeypatch.setattr(kernels, "cpu_features", lambda: ["AMX"])
+    assert not pays(256, 128, dtype=torch.bfloat16)
+    assert not pays_in_frequency_domain(torch.empty(8, 8, 7, 7, device="meta"), None, None, 1)
+
+
+# ------------------------------------------------------------------------------- frequency domain
+
+
+@pytest.mark.parametrize("kind", ["input", "upsampled", "output", "every second output", "kernel"])
+def test_the_two_transforms_are_adjoint(kind):
+    torch.manual_seed(0)
+    by = basis(kind, 7, torch.float64)
+    size = (2, 7, 7, 3) if kind == "kernel" else (2, 20, 40, 3)
+    x = torch.randn(size, dtype=torch.float64)
+    spectrum = to_spectrum(x, by)
+    y = torch.randn_like(spectrum)
+    torch.testing.assert_close(
+        (spectrum * y).sum(), (x * from_spectrum(y, by, torch.empty_like(x))).sum()
+    )
+
+
+def test_a_spectrum_is_the_fourier_transform_of_the_tiles():
+    torch.manual_seed(0)
+    x = torch.randn(1, 16, 32, 2, dtype=torch.float64)
+    spectrum = to_spectrum(x, basis("input", 7, torch.float64))
+    assert spectrum.shape == (12, 2, 22, 4)
+    second_tile = F.pad(x, (0, 0, 3, 3, 3, 3))[0, :22, 16:38]
+    expected = torch.fft.rfft2(second_tile, dim=(1, 0))
+    torch.testing.assert_close(spectrum[:, 1, :, :2], expected.real)
+    torch.testing.assert_close(spectrum[:, 1, :, 2:], expected.imag)

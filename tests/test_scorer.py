@@ -1,0 +1,378 @@
+"""A scorer is what the formulas say, its thresholds are honest, and it survives a file."""
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import scorer as scorer_module
+from dataset import normalize
+from metrics import METRICS
+from model import PyramidFlow, PyramidFlowConfig
+from scorer import (
+    LEVELS,
+    Calibration,
+    Latents,
+    ScoreOptions,
+    Scorer,
+    Statistics,
+    batch_size,
+    choose_thresholds,
+    coarse_levels,
+    distribution,
+    fit_all,
+    gaussian,
+    score_all,
+)
+from util import DivergedError, InputError
+
+CONFIG = PyramidFlowConfig(
+    encoder="none", num_level=3, num_stack=1, num_channel=4, kernel_size=3, image_size=(16, 32)
+)
+COUNT = 7
+BANK = ScoreOptions("bank", 3)
+
+
+class Pictures:
+    """What scorer.py reads of dataset.Images, of images uint8 (N,h,w,3)."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def batches(self, batches):
+        return (self.images[batch] for batch in batches)
+
+
+@pytest.fixture
+def model():
+    """With weights that are not the trivial ones of an untrained model."""
+    torch.manual_seed(0)
+    model = PyramidFlow(CONFIG)
+    with torch.no_grad():
+        for p in model.flow.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+        model(torch.randn(2, 3, *CONFIG.image_size))
+    return model.eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (COUNT, *CONFIG.image_size, 3), dtype=torch.uint8)
+
+
+def latents_of(model, images):
+    """The levels of each image, by the model alone."""
+    with torch.no_grad():
+        return model(normalize(images))[0]
+
+
+def map_against(model, latents, template, sigma=None):
+    """The composed difference (H,W) of one image, levels (1,C,H/2^i,W/2^i), to one template."""
+    sigma = sigma or [torch.ones(CONFIG.channels)] * CONFIG.num_level
+    levels = [
+        ((z - t).abs() / s[:, None, None]).mean(1, keepdim=True)
+        for z, t, s in zip(latents, template, sigma, strict=True)
+    ]
+    return model.pyramid.compose(tuple(levels))[0, 0]
+
+
+def at_mask_size(anomaly):
+    return F.interpolate(anomaly[None, None], (256, 256), mode="bilinear", antialias=True)[0, 0]
+
+
+def usual_sizes(latents):
+    """sigma[c]: the root of the mean over pixels of the variance over images."""
+    return [z.double().var(0, correction=0).mean((1, 2)).sqrt().float() for z in latents]
+
+
+def greedy(points, count):
+    """k-center, by brute force: each next point is the one farthest from all that are chosen."""
+    chosen = [int((points - points.mean(0)).norm(dim=1).argmin())]
+    while len(chosen) < count:
+        distances = torch.stack([(points - points[i]).norm(dim=1) for i in chosen]).amin(0)
+        chosen.append(int(distances.argmax()))
+    return chosen
+
+
+def one(latents, i):
+    return [z[i : i + 1] for z in latents]
+
+
+# ------------------------------------------------------------------------------------- scores
+
+
+def test_the_papers_map_is_the_difference_to_the_mean(model, images):
+    scorer = Scorer.fit(model, Pictures(images))
+    latents = latents_of(model, images)
+    mean = [z.mean(0, keepdim=True) for z in latents]
+    for t, m in zip(scorer.templates, mean, strict=True):
+        assert torch.allclose(t, m, atol=1e-5)
+    for i, found in enumerate(scorer.score(images)):
+        expected = at_mask_size(map_against(model, one(latents, i), mean))
+        assert torch.allclose(found, expected, atol=1e-5 * float(expected.max()))
+
+
+@pytest.mark.parametrize("whiten", [True, False])
+@pytest.mark.parametrize("smooth", [0.0, 2.0])
+def test_the_banks_map_is_that_of_the_best_template_at_each_pixel(model, images, whiten, smooth):
+    scorer = Scorer.fit(model, Pictures(images), ScoreOptions("bank", 3, whiten, smooth))
+    latents = latents_of(model, images)
+    sigma = usual_sizes(latents) if whiten else None
+    chosen = greedy(coarse_levels(latents), 3)
+    others = torch.randint(0, 256, (2, *CONFIG.image_size, 3), dtype=torch.uint8)
+    for i, found in enumerate(scorer.score(others)):
+        new = one(latents_of(model, others), i)
+        maps = [map_against(model, new, one(latents, k), sigma) for k in chosen]
+        expected = at_mask_size(torch.stack(maps).amin(0))
+        expected = gaussian(expected[None], smooth)[0] if smooth else expected
+        assert torch.allclose(found, expected, atol=1e-4 * float(expected.max()))
+
+
+def test_whitening_divides_by_the_root_of_the_mean_variance(model, images):
+    scorer = Scorer.fit(model, Pictures(images), ScoreOptions("bank", 1))
+    latents = latents_of(model, images)
+    for s, expected in zip(scorer.sigma, usual_sizes(latents), strict=True):
+        assert torch.allclose(s, expected, rtol=1e-4)
+    for t, z, s in zip(scorer.templates, latents, scorer.sigma, strict=True):
+        assert torch.allclose(t, z.mean(0, keepdim=True) / s[:, None, None], atol=1e-4)
+
+
+def test_the_bank_is_chosen_by_greedy_k_center(model, images):
+    statistics = Statistics.of(Latents(model, Pictures(images)))
+    points = coarse_levels(latents_of(model, images))
+    for count in range(2, COUNT + 1):
+        assert statistics.choose(count) == greedy(points, count)
+    assert sorted(statistics.choose(COUNT + 5)) == list(range(COUNT))
+    assert statistics.choose(1) == []  # the mean
+
+
+def test_coarse_levels_are_small_and_of_the_two_coarsest_levels():
+    latents = tuple(torch.randn(2, 3, 256 >> i, 128 >> i) for i in range(3))
+    coarse = coarse_levels(latents)
+    assert coarse.shape == (2, 3 * (64 * 32 + 64 * 32))
+    assert torch.equal(coarse[:, 3 * 64 * 32 :], latents[2].flatten(1))
+    means = latents[1].unflatten(3, (32, 2)).unflatten(2, (64, 2)).mean((3, 5))
+    assert torch.allclose(coarse[:, : 3 * 64 * 32], means.flatten(1), atol=1e-6)
+
+
+def test_smoothing_keeps_the_mean_of_flat_maps_and_spreads_a_peak():
+    flat = torch.full((1, 256, 256), 3.0)
+    assert torch.allclose(gaussian(flat, 4), flat)
+    peak = torch.zeros(1, 256, 256)
+    peak[0, 100, 120] = 1
+    y, x = torch.meshgrid(torch.arange(256.0), torch.arange(256.0), indexing="ij")
+    expected = torch.exp(-((y - 100) ** 2 + (x - 120) ** 2) / (2 * 4**2)) / (2 * torch.pi * 4**2)
+    assert torch.allclose(gaussian(peak, 4)[0], expected, atol=1e-5)
+
+
+def test_several_scorers_share_one_pass_and_are_those_fitted_alone(model, images):
+    passes = []
+    model.stem.register_forward_hook(lambda *_: passes.append(1))
+    options = [ScoreOptions(), ScoreOptions("bank", 2)]
+    together = fit_all(model, Pictures(images), options)
+    count = len(passes)
+    maps = score_all(together, Pictures(images))
+    assert len(passes) == count + 1
+    for scorer, option, its_maps in zip(together, options, maps, strict=True):
+        alone = Scorer.fit(model, Pictures(images), option)
+        assert alone.calibration == scorer.calibration
+        assert torch.equal(alone.score(images), its_maps)
+        assert torch.equal(scorer.score_all(Pictures(images)), its_maps)
+
+
+def test_latents_that_do_not_fit_in_memory_are_computed_again(model, images, monkeypatch):
+    kept = Scorer.fit(model, Pictures(images), BANK)
+    monkeypatch.setattr(scorer_module, "free_memory", lambda device: 0)
+    again = Scorer.fit(model, Pictures(images), BANK)
+    assert again.calibration == kept.calibration
+    assert all(map(torch.equal, again.templates, kept.templates))
+
+
+def test_the_zero_template(model, images):
+    scorer = Scorer.fit(model, Pictures(images), template="zero")
+    assert not any(t.any() for t in scorer.templates)
+    scores = scorer.score(images).flatten(1).amax(1)
+    assert scorer.calibration.image_scores == pytest.approx(scores.sort().values.tolist())
+
+
+def test_what_a_scorer_was_fitted_with_shows(model, images):
+    for options in (
+        ScoreOptions("paper", 1, False),
+        ScoreOptions("bank", 1, True),
+        ScoreOptions("bank", 3, False, 2.0),
+    ):
+        assert Scorer.fit(model, Pictures(images), options).options == options
+    more = Scorer.fit(model, Pictures(images), ScoreOptions("bank", 99))
+    assert more.options == ScoreOptions("bank", COUNT)
+
+
+def test_no_images_and_infinite_scores(model, images):
+    with pytest.raises(ValueError, match="at least one image"):
+        Scorer.fit(model, Pictures(images[:0]))
+    scorer = Scorer.fit(model, Pictures(images))
+    scorer.templates = tuple(t / 0 for t in scorer.templates)
+    with pytest.raises(DivergedError, match="no longer finite"):
+        scorer.score_all(Pictures(images))
+    with pytest.raises(DivergedError, match="no longer finite"):
+        distribution(torch.full((1, 8, 8), torch.nan))
+
+
+@pytest.mark.parametrize("options", [ScoreOptions(), BANK])
+def test_the_image_template(model, images, options):
+    """The mean's, or that of the template nearest to an image: of an image in the bank, the image itself."""
+    scorer = Scorer.fit(model, Pictures(images), options)
+    latents = latents_of(model, images)
+    for i in range(COUNT):
+        nearest = [z.mean(0, keepdim=True) for z in latents]
+        if options is BANK:
+            sigma = usual_sizes(latents)
+            chosen = greedy(coarse_levels(latents), 3)
+            mean = {
+                k: map_against(model, one(latents, i), one(latents, k), sigma).mean() for k in chosen
+            }
+            nearest = one(latents, min(mean, key=mean.get))
+        expected = model.inverse(tuple(nearest))[0]
+        assert torch.allclose(scorer.image_template(images[i].numpy()), expected, atol=1e-3)
+    first = scorer.image_template()
+    if options is BANK:
+        assert torch.allclose(first, normalize(images[chosen[:1]])[0], atol=1e-3)
+    else:
+        assert torch.equal(first, scorer.image_template(images[0].numpy()))
+
+
+@pytest.mark.parametrize("options", [ScoreOptions(), ScoreOptions("bank", 3, True, 1.5)])
+def test_a_scorer_survives_its_file(model, images, options, tmp_path):
+    scorer = Scorer.fit(model, Pictures(images), options, class_name="widget", settings={"seed": 3})
+    scorer.metrics = {
+        "epoch": 2,
+        "score": options.score,
+        **dict.fromkeys(METRICS, 0.5),
+        "image_ap": None,
+    }
+    scorer.save(tmp_path / "a.pt")
+    loaded = Scorer.load(tmp_path / "a.pt", precision="fp32")
+    assert torch.equal(loaded.score(images), scorer.score(images))
+    for name in ("metrics", "calibration", "class_name", "settings", "options"):
+        assert getattr(loaded, name) == getattr(scorer, name)
+    assert loaded.path == tmp_path / "a.pt"
+
+
+def test_on_cuda_free_memory_limits_the_batch_of_an_evaluation(monkeypatch):
+    config = PyramidFlowConfig()  # a feature of 256x256x64
+    for free, expected in ((2**40, 16), (2**31, 4), (2**20, 1)):
+        monkeypatch.setattr(scorer_module, "free_memory", lambda device, free=free: free)
+        assert batch_size(config, torch.device("cuda")) == expected
+
+
+# --------------------------------------------------------------------------------- thresholds
+
+
+def test_each_image_is_scored_against_the_mean_of_the_others(model, images):
+    scorer = Scorer.fit(model, Pictures(images))
+    expected = []
+    for i in range(COUNT):
+        others = Scorer.fit(model, Pictures(torch.cat([images[:i], images[i + 1 :]])))
+        expected.append(float(others.score(images[i : i + 1]).max()))
+    assert scorer.calibration.image_scores == pytest.approx(sorted(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [2, 3, COUNT + 3])
+def test_an_image_in_the_bank_is_scored_against_the_others_in_it(model, images, count):
+    scorer = Scorer.fit(model, Pictures(images), ScoreOptions("bank", count))
+    chosen = greedy(coarse_levels(latents_of(model, images)), min(count, COUNT))
+    expected = []
+    for i in range(COUNT):
+        kept = [place for place, k in enumerate(chosen) if k != i]
+        others = Scorer(model, tuple(t[kept] for t in scorer.templates), scorer.sigma)
+        expected.append(float(others.score(images[i : i + 1]).max()))
+    assert scorer.calibration.image_scores == pytest.approx(sorted(expected), rel=1e-5)
+    assert min(expected) > 0.1 * max(expected)  # none with itself
+
+
+def test_a_whitened_mean_is_calibrated_as_the_mean_is(model, images):
+    scorer = Scorer.fit(model, Pictures(images), ScoreOptions("bank", 1))
+    latents = latents_of(model, images)
+    expected = []
+    for i in range(COUNT):
+        others = [torch.cat([z[:i], z[i + 1 :]]).mean(0, keepdim=True) for z in latents]
+        anomaly = map_against(model, one(latents, i), others, scorer.sigma)
+        expected.append(float(at_mask_size(anomaly).max()))
+    assert scorer.calibration.image_scores == pytest.approx(sorted(expected), rel=1e-4)
+
+
+def test_one_image_has_no_others(model, images):
+    for options in (ScoreOptions(), BANK):
+        scorer = Scorer.fit(model, Pictures(images[:1]), options)
+        assert scorer.calibration is None
+        assert torch.isfinite(scorer.score(images)).all()
+
+
+def test_quantiles_of_pixels_and_images():
+    maps = torch.arange(4 * 100 * 100.0).view(4, 100, 100)
+    calibration = distribution(maps)
+    assert len(calibration.pixel_scores) == len(LEVELS)
+    for q in (0.0, 0.25, 0.5, 0.99, 0.999, 1.0):
+        thresholds = calibration.thresholds(pixel_quantile=q, image_quantile=q)
+        assert thresholds.pixel == pytest.approx(q * (maps.numel() - 1), abs=2)
+        assert thresholds.image == pytest.approx(np.quantile([9999, 19999, 29999, 39999], q))
+
+
+def test_the_color_scale_leaves_room_above_good_pixels():
+    low, high = distribution(torch.rand(3, 64, 64)).color_scale()
+    assert low == pytest.approx(0, abs=0.01)
+    assert high == pytest.approx(2, abs=0.02)
+
+
+def test_a_calibration_survives_its_dict():
+    calibration = distribution(torch.rand(3, 8, 8))
+    assert Calibration.from_dict(asdict(calibration)) == calibration
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_scores": []},
+        {"image_scores": [2.0, 1.0]},
+        {"image_scores": [float("nan")]},
+        {"image_scores": "x"},
+        {"pixel_scores": [1.0]},
+        {"more": [1.0]},
+    ],
+)
+def test_what_is_no_calibration_is_refused(change):
+    given = asdict(distribution(torch.rand(3, 8, 8)))
+    with pytest.raises(ValueError):  # noqa: PT011 (each has its own message)
+        Calibration.from_dict({**given, **change})
+
+
+def test_the_choices_of_a_threshold():
+    calibration = Calibration([1.0, 2.0, 3.0], np.linspace(0, 1, len(LEVELS)).tolist())
+    metrics = {"pixel_threshold": 0.4, "image_threshold": 0.6}
+    quantiles = (1.0, 0.5)
+    chosen = choose_thresholds("quantile", metrics, calibration, quantiles)
+    assert (chosen.pixel, chosen.image) == (1.0, 2.0)
+    chosen = choose_thresholds("f1", metrics, calibration, quantiles)
+    assert (chosen.pixel, chosen.image) == (0.4, 0.6)
+    chosen = choose_thresholds("f1", {**metrics, "pixel_threshold": None}, None, quantiles)
+    assert (chosen.pixel, chosen.image) == (0.6, 0.6)
+    chosen = choose_thresholds("0.25", metrics, None, quantiles)
+    assert (chosen.pixel, chosen.image) == (0.25, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("quantile", "fit it on at least two"),
+        ("f1", "use --threshold quantile or a number"),
+        ("high", "use f1, quantile or a number"),
+        ("nan", "use f1, quantile or a number"),
+    ],
+)
+def test_a_threshold_that_cannot_be_had(choice, message):
+    with pytest.raises(InputError, match=message):
+        choose_thresholds(choice, {"pixel_threshold": None, "image_threshold": None}, None, (0.9, 0.9))

@@ -1,0 +1,1 @@
+"""Programs for the odd occasion, run as `python -m tools.NAME`."""
