@@ -50,9 +50,9 @@ def main() -> None:
     data = open_class(args.datapath, name, args.dataset, need_train=args.score is not None)
     scorers = [stored] if args.score is None else refit(stored, data, args)
     test_set = TestSet.load(data, stored.config, args.cache, args.numWorkers, device)
-    maps = score_all(scorers, test_set.images)
-    for scorer, its_maps in zip(scorers, maps, strict=True):
-        metrics = asdict(evaluate_maps(its_maps, test_set.truth, args.proLimit))
+    scored = score_all(scorers, test_set.images)
+    for scorer, (maps, scores) in zip(scorers, scored, strict=True):
+        metrics = asdict(evaluate_maps(maps, test_set.truth, args.proLimit, scores))
         epoch = stored.metrics.get("epoch")
         scorer.metrics = {"epoch": epoch, "score": scorer.options.score, **metrics}
 
@@ -63,7 +63,7 @@ def main() -> None:
     write_json(folder / "result.json", rows[-1])
     if args.score is not None:
         scorers[-1].save(folder / "scorer.pt")
-    figures.save_evaluation(folder / "pictures", test_set, maps[-1], scorers[-1], args.proLimit)
+    figures.save_evaluation(folder / "pictures", test_set, scored[-1], scorers[-1], args.proLimit)
     log.info(result_table([(name, label(row, len(rows)), row) for row in rows], args.proLimit))
     log.info(f"\nPercent. Written to {folder}")
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import MASK_SIZE
-from scorer import LARGEST, Calibration, Scorer, gaussian, latents_of, read_metrics
+from scorer import LARGEST, Calibration, Scored, Scorer, gaussian, latents_of, read_metrics
 from util import InputError, Parser, atomic_path, run_script
 
 OPSET = 18
@@ -128,27 +128,38 @@ class Graph(nn.Module):
         for i, level in enumerate(scorer.templates):
             self.register_buffer(f"template{i}", level)
         for axis, size in enumerate(scorer.config.level_size(0)):
-            self.register_buffer(f"axis{axis}", _along_axis(size, MASK_SIZE[axis], scorer.smooth))
+            self.register_buffer(f"resize{axis}", _resizing(size, MASK_SIZE[axis]))
+            self.register_buffer(f"smooth{axis}", _smoothing(MASK_SIZE[axis], scorer.smooth))
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         templates = tuple(getattr(self, f"template{i}") for i in range(self.model.config.num_level))
         scorer = replace(self._scorer, templates=templates)
-        maps = scorer.difference(latents_of(self.model, image))
-        maps = maps if self.axis0 is None else self.axis0 @ maps
-        maps = maps if self.axis1 is None else maps @ self.axis1.T
-        return maps, maps.amax((1, 2))
+        maps, typical = scorer.differences(latents_of(self.model, image))
+        sharp = _along_both(maps, self.resize0, self.resize1)
+        scores = sharp if typical is None else _along_both(typical, self.resize0, self.resize1)
+        return _along_both(sharp, self.smooth0, self.smooth1), scores.amax((1, 2))
 
 
-def _along_axis(size: int, mask_size: int, smooth: float) -> Tensor | None:
-    """(mask_size,size): resizing and smoothing, which are linear and the same along each axis; None: neither."""
-    if size == mask_size and not smooth:
+def _along_both(maps: Tensor, down: Tensor | None, across: Tensor | None) -> Tensor:
+    """Maps (B,H,W), each axis multiplied by its matrix; None leaves it."""
+    maps = maps if down is None else down @ maps
+    return maps if across is None else maps @ across.T
+
+
+def _resizing(size: int, mask_size: int) -> Tensor | None:
+    """(mask_size,size): resizing, which is linear and the same along each axis."""
+    if size == mask_size:
         return None
-    matrix = torch.eye(size)[None, None]
-    matrix = F.interpolate(matrix, (mask_size, size), mode="bilinear", antialias=True)[0, 0]
-    if smooth:
-        lines = torch.eye(mask_size)[:, :, None].expand(-1, -1, mask_size)  # maps of a bright row each
-        matrix = gaussian(lines, smooth)[:, :, 0].T @ matrix
-    return matrix
+    eye = torch.eye(size)[None, None]
+    return F.interpolate(eye, (mask_size, size), mode="bilinear", antialias=True)[0, 0]
+
+
+def _smoothing(size: int, deviation: float) -> Tensor | None:
+    """(size,size): the Gaussian along one axis."""
+    if not deviation:
+        return None
+    lines = torch.eye(size)[:, :, None].expand(-1, -1, size)  # maps of a bright row each
+    return gaussian(lines, deviation)[:, :, 0].T
 
 
 class _FixedMatrix(nn.Module):
@@ -200,20 +211,20 @@ class OnnxScorer:
             problem = "is not a model that export.py wrote, or it is damaged; export it again"
             raise InputError(f"{path} {problem}") from None
 
-    def score(self, images: Tensor) -> Tensor:
-        """Anomaly maps, float32 (B,256,256), of images uint8 (B,h,w,3).
+    def score(self, images: Tensor) -> Scored:
+        """Anomaly maps (B,256,256) and scores (B,) of images uint8 (B,h,w,3).
 
         Raises:
             InputError: onnxruntime cannot run the model.
         """
         try:
-            (maps,) = self._session.run(["anomaly_map"], {"image": images.numpy()})
+            maps, scores = self._session.run(["anomaly_map", "score"], {"image": images.numpy()})
         except Exception as error:  # of its own kinds, such as too little memory
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
                 f"onnxruntime cannot run {self._path} ({reason}); use a smaller --batchSize, or the .pt file"
             ) from None
-        return torch.from_numpy(maps)
+        return Scored(torch.from_numpy(maps), torch.from_numpy(scores))
 
 
 def _check_digest(data: bytes) -> bytes:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dataset import IMAGENET_MEAN, IMAGENET_STD, TestImage
 from metrics import PRO_LIMIT, TABLE_METRICS, Ranking, metric_labels
-from scorer import IMAGE_QUANTILE, Calibration, Scorer, TestSet, distribution
+from scorer import IMAGE_QUANTILE, Calibration, Scored, Scorer, TestSet, distribution
 from util import atomic_path
 
 PANELS_PER_KIND = 3
@@ -56,18 +56,19 @@ def choose_examples(test: list[TestImage]) -> list[int]:
 
 
 def save_evaluation(
-    folder: Path, test_set: TestSet, maps: Tensor, scorer: Scorer, pro_limit: float = PRO_LIMIT
+    folder: Path, test_set: TestSet, scored: Scored, scorer: Scorer, pro_limit: float = PRO_LIMIT
 ) -> None:
     """Save panels of a few images of each kind, the histogram of image scores, and the curves.
 
     Args:
         folder: made if it is not there.
-        maps: anomaly maps of all test images (N,256,256).
+        scored: maps and scores of all test images.
         scorer: its calibration gives the color scale and the threshold without labels; if it has none,
             the maps give the scale.  Its image template stands beside each image, if it has one.
         pro_limit: false-positive rate up to which PRO is taken.
     """
-    truth, scale = test_set.truth, (scorer.calibration or distribution(maps)).color_scale()
+    truth, scale = test_set.truth, (scorer.calibration or distribution(scored)).color_scale()
+    maps, scores = scored
     folder.mkdir(exist_ok=True)
     for i in choose_examples(test_set.data.test):
         test_image, image = test_set.data.test[i], test_set.images[i]
@@ -78,7 +79,6 @@ def save_evaluation(
         mask = None if truth.masks is None else truth.masks[i]
         title = f"{test_set.data.name}, {test_image.kind}/{test_image.path.name}"
         save_panel(path, title, image, template, maps[i], scale, mask)
-    scores = maps.flatten(1).amax(1)
     save_histogram(folder / "histogram.png", scores, truth.defective, scorer.calibration)
     if truth.masks is not None:
         pixels = Ranking(maps[~truth.masks], maps[truth.masks])

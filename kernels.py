@@ -2,7 +2,8 @@
 
 model.py calls the kernels; tests/test_kernels.py holds each to its twin in float64, values and gradients.
 Maps are (B,C,H,W) in channels_last, and so are all gradients: a copy into another layout, or work on one,
-takes longer than the work itself.  While a model is traced (torch.export, torch.compile) the twins run.
+takes longer than the work itself.  While a model is traced (torch.export, torch.compile) PyTorch's own
+operators run alone: the twins, and the direct convolution.
 
 Sections: the coupling strip by strip; small things with tidy gradients; the k x k convolutions; and, last,
 their way through the frequency domain.
@@ -239,6 +240,51 @@ def channel_mean(x: Tensor) -> Tensor:
 
 def plain_channel_mean(x: Tensor) -> Tensor:
     return x.mean(1, keepdim=True)
+
+
+# -------------------------------------------------------------------------- a bank of templates
+
+
+def template_distances(z: Tensor, templates: Tensor) -> Tensor:
+    """Mean over channels of |z_b - t_k|, in one pass over the bank: (B,C,H,W), (K,C,H,W) -> (B,K,H,W).
+
+    Args:
+        templates: laid out by `bank_layout`, or they are copied into that layout.
+    """
+    if torch.compiler.is_compiling():
+        return plain_template_distances(z, templates)
+    batch, channels, height, width = z.shape
+    z, templates = (x.permute(2, 3, 0, 1).flatten(0, 1) for x in (z, templates))  # (H*W,B or K,C)
+    sums = torch.cdist(z, templates, p=1)
+    return (sums / channels).view(height, width, batch, -1).permute(2, 3, 0, 1).contiguous()
+
+
+def plain_template_distances(z: Tensor, templates: Tensor) -> Tensor:
+    return torch.stack([(z - t).abs().mean(1) for t in templates], 1)
+
+
+def bank_layout(templates: Tensor) -> Tensor:
+    """The same (K,C,H,W), in memory as (H,W,K,C): each pixel's templates side by side."""
+    return templates.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+
+
+def compose_maps(levels: Tensors) -> Tensor:
+    """`model.LaplacianPyramid.compose` of many maps, L levels (B,K,H/2^i,W/2^i), as matrix products."""
+    x = levels[-1].flatten(0, 1)
+    for level in levels[-2::-1]:
+        down, across = (up_matrix(n, x.dtype, x.device) for n in x.shape[1:])
+        wide = x @ across.T
+        x = torch.baddbmm(level.flatten(0, 1), down.expand(x.shape[0], -1, -1), wide)
+    return x.unflatten(0, levels[0].shape[:2])
+
+
+@functools.lru_cache(maxsize=64)
+def up_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(2n,n): nearest-neighbor interpolation to twice the size, then blur (1,4,6,4,1)/16, along one axis."""
+    twice = torch.eye(size, dtype=torch.float64).repeat_interleave(2, dim=0)
+    taps = enumerate((1, 4, 6, 4, 1), start=-2)
+    blur = sum(n / 16 * torch.ones(2 * size - abs(i), dtype=torch.float64).diag(i) for i, n in taps)
+    return (blur @ twice).to(device, dtype)
 
 
 # ---------------------------------------------------------------------------- k x k convolutions

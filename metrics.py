@@ -95,10 +95,13 @@ class Metrics:
     image_threshold: float | None = None
 
 
-def evaluate_maps(maps: Tensor, truth: GroundTruth, pro_limit: float = PRO_LIMIT) -> Metrics:
+def evaluate_maps(
+    maps: Tensor, truth: GroundTruth, pro_limit: float = PRO_LIMIT, scores: Tensor | None = None
+) -> Metrics:
     """Compute all metrics of anomaly maps (N,H,W), float32, at the masks' size.
 
     Args:
+        scores: of the images, (N,); None: the maps' maxima.
         pro_limit: of `pixel_pro_limited`, above 0 and up to 1.
 
     Raises:
@@ -110,11 +113,11 @@ def evaluate_maps(maps: Tensor, truth: GroundTruth, pro_limit: float = PRO_LIMIT
         raise ValueError(f"{len(maps)} maps for {len(truth.defective)} images")
     if truth.masks is not None and truth.masks.shape != maps.shape:
         raise ValueError(f"maps {tuple(maps.shape)}, masks {tuple(truth.masks.shape)}")
-    return Metrics(**_of_images(maps, truth), **_of_pixels(maps, truth, pro_limit))
+    scores = maps.flatten(1).amax(1) if scores is None else scores
+    return Metrics(**_of_images(scores, truth), **_of_pixels(maps, truth, pro_limit))
 
 
-def _of_images(maps: Tensor, truth: GroundTruth) -> dict[str, float | None]:
-    scores = maps.flatten(1).amax(1)
+def _of_images(scores: Tensor, truth: GroundTruth) -> dict[str, float | None]:
     ranking = Ranking(scores[~truth.defective], scores[truth.defective])
     f1_max, threshold = ranking.f1_max()
     return {

@@ -217,7 +217,7 @@ def predict(
         table = csv.DictWriter(file, COLUMNS)
         table.writeheader()
         for batch in scored(scorer, items, args, unreadable):
-            rows = [writer.row(*pair) for pair in batch]
+            rows = [writer.row(image, score) for image, _, score in batch]
             table.writerows(rows)
             defective += sum(row["decision"] == "defective" for row in rows)
             writer.start(batch)
@@ -233,8 +233,8 @@ def predict(
 
 def scored(
     scorer: Scorer | OnnxScorer, items: list[Item], args: argparse.Namespace, unreadable: list[str]
-) -> Iterator[list[tuple[Loaded, np.ndarray]]]:
-    """Batches of images with their maps; images are read ahead, as few as keep the scorer busy.
+) -> Iterator[list[tuple[Loaded, np.ndarray, float]]]:
+    """Batches of images with their maps and scores; images are read ahead, as few as keep the scorer busy.
 
     Args:
         unreadable: errors of images that cannot be read are added here.
@@ -251,11 +251,11 @@ def scored(
         loaded = [image for image in loaded if not image.error]
         if loaded:
             images = torch.from_numpy(np.stack([image.resized for image in loaded]))
-            maps = scorer.score(images).cpu().numpy()
-            for image, anomaly in zip(loaded, maps, strict=True):
-                if not np.isfinite(anomaly).all():
+            maps, scores = (x.cpu().numpy() for x in scorer.score(images))
+            for image, anomaly, score in zip(loaded, maps, scores, strict=True):
+                if not (np.isfinite(anomaly).all() and np.isfinite(score)):
                     raise InputError(f"{image.item.path}: no finite score; use another model")
-            yield list(zip(loaded, maps, strict=True))
+            yield list(zip(loaded, maps, scores.tolist(), strict=True))
 
 
 class Writer:
@@ -268,18 +268,18 @@ class Writer:
         if scorer.calibration:
             self._scale = scorer.calibration.color_scale()
 
-    def row(self, image: Loaded, anomaly: np.ndarray) -> dict:
+    def row(self, image: Loaded, score: float) -> dict:
         """Of scores.csv."""
-        score, threshold = float(anomaly.max()), self._thresholds.image
+        threshold = self._thresholds.image
         decision = "defective" if score >= threshold else "good"
         name = _place("maps", image.item.name, ".tiff").as_posix()
         values = (image.item.path, f"{score:.6g}", decision, f"{threshold:.6g}", name)
         return dict(zip(COLUMNS, values, strict=True))
 
-    def start(self, batch: list[tuple[Loaded, np.ndarray]]) -> None:
+    def start(self, batch: list[tuple[Loaded, np.ndarray, float]]) -> None:
         """Write in the background, after the batch before: the next one can be scored meanwhile."""
         self.wait()
-        self._writing = [self._pool.submit(self.write, *pair) for pair in batch]
+        self._writing = [self._pool.submit(self.write, image, anomaly) for image, anomaly, _ in batch]
 
     def wait(self) -> None:
         """Until all is written; raises what writing raised."""

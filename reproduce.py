@@ -39,6 +39,7 @@ import train
 from dataset import MVTEC_TEXTURES, list_classes, recognize
 from jobs import Job, Machines, run_jobs, shown
 from metrics import METRICS, TABLE_METRICS
+from scorer import MOST_TEMPLATES, ScoreOptions
 from util import (
     InputError,
     Interrupted,
@@ -113,7 +114,7 @@ class Table:
         variants: what is trained on each.
         metrics: that are compared.
         datapath: where the data are by default.
-        plus: compare the score of the paper with that of the bank, which train.py's --score bank both gives.
+        plus: compare the paper's score with the bank's, of the same trained weights.
     """
 
     title: str
@@ -165,7 +166,7 @@ def tables() -> dict[str, Table]:
         "plus": Table(
             "Beyond the paper: a bank of templates",
             (),
-            tuple(replace(variant, flags=(*variant.flags, "--score", "bank")) for variant in both),
+            both,
             ("pixel_auroc", "pixel_pro", "pixel_pro_limited", "image_auroc", "image_ap"),
             plus=True,
         ),
@@ -187,6 +188,8 @@ def main() -> None:
     folder = args.out / args.table
     folder.mkdir(parents=True, exist_ok=True)
     failed = run(plan, args)
+    if table.plus:
+        score_banks(plan, args)
     write_csv(folder / "results.csv", [row for entry in plan for row in result_rows(entry)])
     text = markdown(table, plan, failed, args)
     write_text(folder / "table.md", text + "\n")
@@ -222,6 +225,8 @@ def parse_arguments() -> argparse.Namespace:
         help="trainings at once; 0: one on each GPU, or one on the CPU")
     add("--slurm", nargs="+", type=slurm_option, metavar="KEY=VALUE",
         help="run on a Slurm cluster, with these options of sbatch; time in minutes")
+    add("--numTemplate", type=whole_number(2, MOST_TEMPLATES), default=ScoreOptions().num_template, metavar="K",
+        help="templates of the bank of plus")
     add("--dryRun", action="store_true", help="print the commands and stop")
     add("--fig7", action="store_true", help="also write the picture like Fig. 7")
     add("--out", type=Path, default=Path("reproduction"), help="folder of the results")
@@ -257,12 +262,34 @@ def slurm_option(text: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell of the table: one class, one variant, one seed, and the job that fills it."""
+    """A cell of the table: one class, one variant, one seed, and the job that fills it.
+
+    Attributes:
+        bank: of `plus`, where evaluate.py writes what both scores of the trained weights give.
+    """
 
     cls: str
     variant: Variant
     seed: int
     job: Job
+    bank: Path | None = None
+
+    def result(self) -> dict | None:
+        """The training's result; of `plus` the last epoch's metrics by one template and by the bank."""
+        result = self.job.result()
+        if self.bank is None or result is None:
+            return result
+        for path in sorted(self.bank.glob("*/metrics.csv")):
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = [_numbers(row) for row in csv.DictReader(file)]
+            if [row["score"] for row in rows] == ["paper", "bank"]:
+                return {"folder": path.parent, "last_paper": rows[0], "last": rows[1]}
+        return None
+
+
+def _numbers(row: dict[str, str]) -> dict:
+    """A row of metrics.csv, its metrics as numbers."""
+    return {k: (float(v) if v else None) if k in METRICS else v for k, v in row.items()}
 
 
 def choose(table: Table, args: argparse.Namespace) -> Table:
@@ -300,7 +327,7 @@ def choose(table: Table, args: argparse.Namespace) -> Table:
 def check_more_flags(table: Table, given: dict) -> None:
     """Raises InputError if a flag after -- is one that the table sets itself."""
     own = {flag[2:] for variant in table.variants for flag in variant.flags if flag.startswith("--")}
-    own |= {"cls", "epochs", "seed", "datapath", "saveDir", "resume", "config", "proLimit"}
+    own |= {"cls", "epochs", "seed", "datapath", "saveDir", "resume", "config", "proLimit", "score"}
     for name in given:
         if name in own:
             raise InputError(f"--{name} after --: the table sets it itself; leave it out")
@@ -331,7 +358,8 @@ def plan_jobs(table: Table, args: argparse.Namespace) -> list[Entry]:
         key = training_key(flags)
         folder = args.out / "jobs" / f"{name}-seed{seed}-{key}"
         job = jobs.setdefault(key, Job(f"{variant.name}, {name}, seed {seed}", flags, folder))
-        entries.append(Entry(name, variant, seed, job))
+        bank = folder / f"bank{args.numTemplate}" if table.plus else None
+        entries.append(Entry(name, variant, seed, job, bank))
     return entries
 
 
@@ -388,13 +416,29 @@ def run(plan: list[Entry], args: argparse.Namespace) -> list[Job]:
         raise Interrupted("stopped; the same command again completes what is missing") from None
 
 
+def score_banks(plan: list[Entry], args: argparse.Namespace) -> None:
+    """Score the trained weights of each entry by one template and by the bank, where that is missing."""
+    for entry in plan:
+        trained = entry.job.result()
+        if trained is None or entry.result() is not None:
+            continue
+        flags = [trained["folder"] / train.LAST_FILE, "--datapath", args.folders[entry.cls]]
+        flags += ["--score", "bank", "--numTemplate", args.numTemplate, "--out", entry.bank]
+        flags += ["--gpu", args.given.get("gpu", "0")]
+        print(f"{entry.job.name}: scored by a bank of {args.numTemplate}", flush=True)
+        command = [sys.executable, ROOT / "evaluate.py", *flags]
+        done = subprocess.run([*map(str, command)], stdout=subprocess.DEVNULL, check=False)
+        if done.returncode:
+            print(f"{entry.job.name}: evaluate.py failed", file=sys.stderr, flush=True)
+
+
 # ------------------------------------------------------------------------------------- results
 
 
 def result_rows(entry: Entry) -> list[dict]:
     """Rows of results.csv: one for each choice of the epoch, or one that says that the job failed."""
     common = {"variant": entry.variant.name, "class": entry.cls, "seed": entry.seed}
-    names, result = ("score", "epoch", *METRICS), entry.job.result()
+    names, result = ("score", "epoch", *METRICS), entry.result()
     if result is None:
         return [{**common, "choice": "failed", **dict.fromkeys(names), "folder": str(entry.job.log)}]
     return [
@@ -435,7 +479,7 @@ def markdown(table: Table, plan: list[Entry], failed: list[Job], args: argparse.
         results = {name: {} for name in table.classes}
         for entry in plan:
             if entry.variant == variant:
-                results[entry.cls][entry.seed] = entry.job.result()
+                results[entry.cls][entry.seed] = entry.result()
         rows = (bank_rows if table.plus else paper_rows)(table, results, read_paper(variant))
         lines += ["", f"### {variant.name}", "", markdown_table(next(rows), rows)]
     if failed:

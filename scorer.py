@@ -5,8 +5,8 @@
 `Scorer.fit` makes one of a model and good images, `Scorer.load` reads one from a file.  Two scores:
 
 paper: one template, the mean latent of the good images (Sec. 3.4).
-bank: K good images as templates, differences divided by their usual size, and at each pixel the map of
-    the template that fits best; no training is needed to get from one to the other.
+bank: the mean and several good images as templates, differences divided by their usual size, and at each
+    pixel the map of the template that fits best (docs/plus.md).  Any trained weights will do.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +23,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
+import kernels
 from autoFlow import Tensors
 from dataset import MASK_SIZE, AnomalyClass, Images, evaluation_order, load_masks, normalize
-from kernels import MEMORY_FORMAT
 from metrics import GroundTruth, sorted_scores
 from model import PyramidFlow, PyramidFlowConfig, compare, coupling_schedule
 from util import (
@@ -50,9 +51,12 @@ LAST_FILE = "last.pt"  # of a run, the scorer of its last epoch
 SCORES = ("paper", "bank")
 MOST_SMOOTH = 64.0
 LATENT_SHARE = 1 / 4  # of the free memory, for latents that are needed more than once
+MOST_TEMPLATES = 1024
+TYPICAL = 0.75  # share of good images that an image's score may take templates from: an odd one excuses defects
 COARSE_SIZE = 64  # latents are chosen by their two coarsest levels, averaged to at most this size
 CPU_BATCH_ELEMENTS = 2**24  # of features: what computes a kernel's spectrum once for several images
 CUDA_BATCH_ELEMENTS = 2**26
+BANK_ELEMENTS = 2**26  # of maps that are compared with all templates at once
 CUDA_BYTES = 64  # of memory, generously, per element of a feature: stem, hidden maps, latents
 PIXEL_QUANTILE, IMAGE_QUANTILE = 0.999, 0.95
 COLOR_QUANTILE = 0.999  # of good pixels; twice that score has the scale's highest color
@@ -60,21 +64,28 @@ COLOR_QUANTILE = 0.999  # of good pixels; twice that score has the scale's highe
 LEVELS = np.concatenate([np.linspace(0, 0.99, 100), 1 - np.logspace(-2, -6, 41)[1:], [1.0]])
 
 
+class Scored(NamedTuple):
+    """Anomaly maps (N,256,256), and the images' scores (N,)."""
+
+    maps: Tensor
+    scores: Tensor
+
+
 @dataclass(frozen=True)
 class ScoreOptions:
     """How good images become a scorer.
 
     Attributes:
-        score: "paper", one template, the mean; "bank", several good images as templates.
+        score: "paper", one template, the mean; "bank", the mean and several good images.
         num_template: K of the bank; with 1 the bank is the mean, whitened.
         whiten: divide the bank's differences by their usual size, for each level and channel.
         smooth: deviation in pixels of a Gaussian over the bank's anomaly maps; 0: none.
     """
 
     score: str = "paper"
-    num_template: int = 16
+    num_template: int = 64
     whiten: bool = True
-    smooth: float = 0.0
+    smooth: float = 1.0
 
     @classmethod
     def from_flags(cls, args: argparse.Namespace) -> ScoreOptions:
@@ -91,8 +102,8 @@ def add_score_flags(parser: argparse._ActionsContainer) -> None:
         "for parts at any angle and wandering textures",
     )  # fmt: skip
     parser.add_argument(
-        "--numTemplate", type=whole_number(1, 4096), default=default.num_template, metavar="K",
-        help="--score bank: templates",
+        "--numTemplate", type=whole_number(1, MOST_TEMPLATES), default=default.num_template, metavar="K",
+        help="--score bank: templates, the mean among them",
     )  # fmt: skip
     parser.add_argument(
         "--whiten", type=boolean, default=default.whiten, metavar="{true,false}",
@@ -116,7 +127,8 @@ class Scorer:
 
     Attributes:
         model: in eval mode, on the device.
-        templates: L levels (K,C,H/2^i,W/2^i) there, in units of `sigma`; K = 1: the mean.
+        templates: L levels (K,C,H/2^i,W/2^i) there, in units of `sigma`; the first is the mean.
+        num_typical: so many of them, the first ones, are typical: image scores come from these.
         sigma: L tensors (C,), by which differences are divided; None: they are not.
         smooth: deviation in pixels of the Gaussian over maps; 0: none.
         calibration: scores of good images; None if there were too few.
@@ -128,6 +140,7 @@ class Scorer:
 
     model: PyramidFlow
     templates: Tensors
+    num_typical: int = 1
     sigma: Tensors | None = None
     smooth: float = 0.0
     calibration: Calibration | None = None
@@ -155,42 +168,80 @@ class Scorer:
         return fit_all(model, images, [options or ScoreOptions()], template, class_name, settings)[0]
 
     @torch.no_grad()
-    def score(self, images: Tensor) -> Tensor:
-        """Anomaly maps, float32 (B,256,256), of images uint8 (B,h,w,3) of the model's size.
+    def score(self, images: Tensor) -> Scored:
+        """Anomaly maps (B,256,256) and scores (B,) of images uint8 (B,h,w,3) of the model's size."""
+        return self.score_latents(latents_of(self.model, images.to(self.device)))
 
-        An image's score is its map's maximum.
-        """
-        return self.map_of_latents(latents_of(self.model, images.to(self.device)))
-
-    def map_of_latents(self, latents: Tensors, left_out: Tensor | None = None) -> Tensor:
-        """Anomaly maps (B,256,256) of a latent pyramid (Sec. 3.4).
+    def score_latents(
+        self, latents: Tensors, left_out: Tensor | None = None, mean_factor: float = 1.0
+    ) -> Scored:
+        """Anomaly maps and scores of a latent pyramid (Sec. 3.4).
 
         Args:
             left_out: (B,) the template that each image is not compared with; -1: none.
+            mean_factor: by which differences to the first template, the mean, are multiplied.
         """
-        maps = self.difference(latents, left_out)
-        if maps.shape[-2:] != MASK_SIZE:
-            maps = F.interpolate(maps[:, None], MASK_SIZE, mode="bilinear", antialias=True)[:, 0]
-        return gaussian(maps, self.smooth) if self.smooth else maps
+        maps, typical = self.differences(latents, left_out, mean_factor)
+        maps = at_mask_size(maps)
+        scores = (maps if typical is None else at_mask_size(typical)).amax((1, 2))
+        return Scored(gaussian(maps, self.smooth) if self.smooth else maps, scores)
 
-    def difference(self, latents: Tensors, left_out: Tensor | None = None) -> Tensor:
-        """At each pixel the difference to the template that fits best, (B,H,W) of the finest level."""
-        best = None
-        for k, maps in enumerate(self._differences(latents)):  # all at once would not fit in memory
-            if left_out is not None:
-                maps = maps.masked_fill((left_out == k)[:, None, None], torch.inf)
-            best = maps if best is None else torch.minimum(best, maps)
-        return best
+    def differences(
+        self, latents: Tensors, left_out: Tensor | None = None, mean_factor: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """The difference to the template that fits best at each pixel, and to the best of the typical ones.
 
-    def _differences(self, latents: Tensors) -> Iterator[Tensor]:
-        """The difference to each template in turn, composed, (B,H,W)."""
-        if self.sigma is not None:
-            latents = tuple(z / s[:, None, None] for z, s in zip(latents, self.sigma, strict=True))
-        for template in zip(*(t.split(1) for t in self.templates), strict=True):
-            yield compare(self.model.pyramid, latents, template, torch.abs, self.config.contrast)
+        Arguments as in `score_latents`.
 
-    def score_all(self, images: Images, description: str = "test") -> Tensor:
-        """Anomaly maps (N,256,256) of all images, in every process; raises DivergedError as `score_all`."""
+        Returns:
+            Two maps (B,H,W) of the finest level's size; None for the second if it is the first.
+        """
+        if len(self.templates[0]) == 1:
+            return self._difference_to_mean(latents) * mean_factor, None
+        if torch.compiler.is_compiling():  # where the batch has any size
+            return self._best_of(latents, left_out, mean_factor)
+        count = max(1, BANK_ELEMENTS // (len(self.templates[0]) * latents[0][0, 0].numel()))
+        parts = []
+        for start in range(0, len(latents[0]), count):
+            part = slice(start, start + count)
+            excluded = None if left_out is None else left_out[part]
+            parts.append(self._best_of(tuple(z[part] for z in latents), excluded, mean_factor))
+        best, typical = map(torch.cat, zip(*parts, strict=True))
+        return best, typical
+
+    def _best_of(
+        self, latents: Tensors, left_out: Tensor | None, mean_factor: float
+    ) -> tuple[Tensor, Tensor]:
+        maps = self._differences_to_all(latents)
+        if mean_factor != 1.0:
+            maps[:, 0] *= mean_factor
+        if left_out is not None:
+            numbers = torch.arange(maps.shape[1], device=maps.device)
+            maps[left_out[:, None] == numbers] = torch.inf
+        typical, odd = maps[:, : self.num_typical].amin(1), maps[:, self.num_typical :]
+        return torch.minimum(typical, odd.amin(1)) if odd.shape[1] else typical, typical
+
+    def _difference_to_mean(self, latents: Tensors) -> Tensor:
+        """|z - mean|, composed (B,H,W)."""
+        return compare(
+            self.model.pyramid, self._whitened(latents), self.templates, torch.abs, self.config.contrast
+        )
+
+    def _differences_to_all(self, latents: Tensors) -> Tensor:
+        """The same for each template, (B,K,H,W)."""
+        latents, templates = self._whitened(latents), self.templates
+        if self.config.contrast == "composed":
+            latents, templates = ((self.model.pyramid.compose(x),) for x in (latents, templates))
+        pairs = zip(latents, templates, strict=True)
+        return kernels.compose_maps(tuple(kernels.template_distances(z, t) for z, t in pairs))
+
+    def _whitened(self, latents: Tensors) -> Tensors:
+        if self.sigma is None:
+            return latents
+        return tuple(z / s[:, None, None] for z, s in zip(latents, self.sigma, strict=True))
+
+    def score_all(self, images: Images, description: str = "test") -> Scored:
+        """Maps and scores of all images, in every process; raises DivergedError as `score_all`."""
         return score_all([self], images, description)[0]
 
     @torch.no_grad()
@@ -198,14 +249,14 @@ class Scorer:
         """Normalized image (3,h,w) of a template by inverse flow (Fig. 7); None where the stem has no inverse.
 
         Args:
-            image: uint8 (h,w,3), to choose the template that is nearest to it; None: the first.
+            image: uint8 (h,w,3), to choose the template that is nearest to it; None: the mean.
         """
         if self.config.encoder != "none":
             return None
         nearest = 0
         if image is not None and len(self.templates[0]) > 1:
             latents = latents_of(self.model, torch.from_numpy(image)[None].to(self.device))
-            nearest = int(torch.stack([d.mean() for d in self._differences(latents)]).argmin())
+            nearest = int(self._differences_to_all(latents)[0].mean((1, 2)).argmin())
         template = tuple(t[nearest : nearest + 1] for t in self.templates)
         if self.sigma is not None:
             template = tuple(t * s[:, None, None] for t, s in zip(template, self.sigma, strict=True))
@@ -241,7 +292,8 @@ class Scorer:
             "config": self.config.to_dict(),
             "settings": self.settings,
             "model": {name: x.cpu() for name, x in self.model.state_dict().items()},
-            "templates": [t.cpu() for t in self.templates],
+            "templates": [pack_templates(t.cpu()) for t in self.templates],
+            "num_typical": self.num_typical,
             "sigma": None if self.sigma is None else [s.cpu() for s in self.sigma],
             "smooth": self.smooth,
             "metrics": self.metrics,
@@ -278,7 +330,8 @@ class Scorer:
         sigma, calibration = content["sigma"], content["calibration"]
         return cls(
             model=read_model(config, content["model"]).eval(),
-            templates=read_templates(config, content["templates"]),
+            templates=(templates := read_templates(config, content["templates"])),
+            num_typical=read_count(content["num_typical"], len(templates[0])),
             sigma=None if sigma is None else read_sigma(config, sigma),
             smooth=read_smooth(content["smooth"]),
             calibration=None if calibration is None else Calibration.from_dict(calibration),
@@ -290,29 +343,50 @@ class Scorer:
     def to(self, device: torch.device, precision: str) -> Scorer:
         """Move everything to the device, its networks to compute in the precision."""
         self.model.to(device).compute_networks_in(apply_precision(precision))
-        self.templates = tuple(t.to(device, memory_format=MEMORY_FORMAT) for t in self.templates)
+        self.templates = tuple(lay_out(t.to(device)) for t in self.templates)
         self.sigma = None if self.sigma is None else tuple(s.to(device) for s in self.sigma)
         return self
 
 
 @torch.no_grad()
-def score_all(scorers: Sequence[Scorer], images: Images, description: str = "test") -> list[Tensor]:
-    """Anomaly maps (N,256,256) of all images, in every process, by each scorer of one model.
+def score_all(scorers: Sequence[Scorer], images: Images, description: str = "test") -> list[Scored]:
+    """Maps and scores of all images, in every process, by each scorer of one model.
 
     Raises:
         DivergedError: a score is not finite.
     """
     model, device = scorers[0].model.eval(), scorers[0].device
     indices = evaluation_order(share(range(len(images))), batch_size(model.config, device))
-    parts = [[torch.zeros(0, *MASK_SIZE, device=device)] for _ in scorers]
+    parts = [[empty_scores(device)] for _ in scorers]
     for batch in progress(images.batches(indices), description, len(indices)):
         latents = latents_of(model, batch)
-        for scorer, maps in zip(scorers, parts, strict=True):
-            maps.append(scorer.map_of_latents(latents))
-    results = [gather(torch.cat(maps), len(images)) for maps in parts]
-    if not all(torch.isfinite(maps).all() for maps in results):
+        for scorer, found in zip(scorers, parts, strict=True):
+            found.append(scorer.score_latents(latents))
+    return [collect(found, len(images)) for found in parts]
+
+
+def empty_scores(device: torch.device) -> Scored:
+    """Of no image."""
+    return Scored(torch.zeros(0, *MASK_SIZE, device=device), torch.zeros(0, device=device))
+
+
+def collect(parts: Sequence[Scored], count: int) -> Scored:
+    """The scores of all images, of the parts that each process has.
+
+    Raises:
+        DivergedError: one is not finite.
+    """
+    maps, scores = (gather(torch.cat(x), count) for x in zip(*parts, strict=True))
+    if not torch.isfinite(maps).all():
         raise DivergedError("anomaly maps are no longer finite")
-    return results
+    return Scored(maps, scores)
+
+
+def at_mask_size(maps: Tensor) -> Tensor:
+    """(B,H,W) -> (B,256,256), where maps and masks meet."""
+    if maps.shape[-2:] == MASK_SIZE:
+        return maps
+    return F.interpolate(maps[:, None], MASK_SIZE, mode="bilinear", antialias=True)[:, 0]
 
 
 def gaussian(maps: Tensor, deviation: float) -> Tensor:
@@ -347,26 +421,30 @@ def fit_all(
     model.eval()
     latents = Latents(model, images)
     statistics = Statistics.of(latents)
+    zero = tuple(torch.zeros_like(t) for t in statistics.mean)
+    mean = zero if template == "zero" else statistics.mean
     scorers = []
     for option in options:
-        chosen, scorer = (
-            [],
-            Scorer(model, statistics.mean, class_name=class_name, settings=settings or {}),
-        )
-        if template == "zero":
-            scorer.templates = tuple(torch.zeros_like(t) for t in statistics.mean)
-        if option.score == "bank":
-            chosen = statistics.choose(option.num_template)
-            scorer.sigma = statistics.sigma if option.whiten else None
-            scorer.smooth = option.smooth
-            scorer.templates = latents.select(chosen) if chosen else scorer.templates
-            if scorer.sigma is not None:
-                pairs = zip(scorer.templates, scorer.sigma, strict=True)
-                scorer.templates = tuple(t / s[:, None, None] for t, s in pairs)
+        scorer = Scorer(model, mean, class_name=class_name, settings=settings or {})
+        chosen = make_bank(scorer, latents, statistics, option) if option.score == "bank" else []
         if len(images) > 1:
             scorer.calibration = calibrate(scorer, latents, chosen, template == "mean")
         scorers.append(scorer)
     return scorers
+
+
+def make_bank(
+    scorer: Scorer, latents: Latents, statistics: Statistics, option: ScoreOptions
+) -> list[int]:
+    """Give a scorer whose template is the mean the bank that the option asks for; the images in it."""
+    chosen, scorer.num_typical = statistics.choose(option.num_template - 1)
+    scorer.num_typical += 1  # the mean
+    scorer.sigma = statistics.sigma if option.whiten else None
+    scorer.smooth = option.smooth
+    templates = zip(scorer.templates, latents.select(chosen), strict=True) if chosen else ()
+    scorer.templates = scorer._whitened(tuple(map(torch.cat, templates)) or scorer.templates)
+    scorer.templates = tuple(lay_out(unpack_templates(*pack_templates(t))) for t in scorer.templates)
+    return chosen
 
 
 class Latents:
@@ -404,10 +482,7 @@ class Latents:
         order = evaluation_order(chosen, batch_size(self.model.config, self.device))
         with torch.no_grad():
             parts = [latents_of(self.model, batch) for batch in self.images.batches(order)]
-        return tuple(
-            torch.cat(level).contiguous(memory_format=MEMORY_FORMAT)
-            for level in zip(*parts, strict=True)
-        )
+        return tuple(torch.cat(level) for level in zip(*parts, strict=True))
 
 
 @dataclass
@@ -417,7 +492,7 @@ class Statistics:
     Attributes:
         mean: L levels (1,C,H/2^i,W/2^i), the paper's latent template.
         sigma: L tensors (C,), the root of the variance over images, averaged over pixels.
-        coarse: (N,D) each image's coarsest levels, to tell images apart.
+        coarse: (N,D) each image's coarsest levels, in units of `sigma`, to tell images apart.
     """
 
     mean: Tensors
@@ -433,7 +508,7 @@ class Statistics:
         config = latents.model.config
         shapes = [(1, config.channels, *config.level_size(i)) for i in range(config.num_level)]
         zeros = {"dtype": torch.float64, "device": latents.device}
-        sums = [torch.zeros(s, **zeros).contiguous(memory_format=MEMORY_FORMAT) for s in shapes]
+        sums = [torch.zeros(s, **zeros).contiguous(memory_format=kernels.MEMORY_FORMAT) for s in shapes]
         squares = [torch.zeros(config.channels, **zeros) for _ in shapes]
         coarse = [torch.zeros(0, coarse_levels(tuple(sums)).shape[1], device=latents.device)]
         for _, levels in latents:
@@ -448,22 +523,33 @@ class Statistics:
             for q, m in zip(squares, mean, strict=True)
         ]
         sigma = tuple(v.clamp(min=1e-12).sqrt().float() for v in variance)
-        return cls(tuple(m.float() for m in mean), sigma, gather(torch.cat(coarse), count))
+        units = coarse_levels(
+            tuple(
+                s.expand(1, *m.shape[2:], -1).permute(0, 3, 1, 2)
+                for s, m in zip(sigma, mean, strict=True)
+            )
+        )
+        coarse = gather(torch.cat(coarse), count) / units
+        return cls(tuple(m.float() for m in mean), sigma, coarse)
 
-    def choose(self, count: int) -> list[int]:
+    def choose(self, count: int) -> tuple[list[int], int]:
         """Images that stand for all by greedy k-center, starting at the one nearest to the mean.
 
-        Args:
-            count: K; with 1 none is chosen, for the mean itself is the template.
+        Returns:
+            The images, and how many of them, the first ones, are typical: k-center likes images that are
+            unlike all others, and such an image may have a blemish, which as a template excuses defects.
         """
-        if count == 1:
-            return []
+        if not count:
+            return [], 0
         chosen = [int(torch.cdist(self.coarse.mean(0, keepdim=True), self.coarse).argmin())]
         distance = torch.full((len(self.coarse),), torch.inf, device=self.coarse.device)
         while len(chosen) < min(count, len(self.coarse)):
             distance = distance.minimum((self.coarse - self.coarse[chosen[-1]]).norm(dim=1))
             chosen.append(int(distance.argmax()))
-        return chosen
+        apart = torch.cdist(self.coarse, self.coarse).fill_diagonal_(torch.inf).amin(1)
+        limit = apart.sort().values[int(TYPICAL * (len(apart) - 1))]
+        typical = [i for i in chosen if apart[i] <= limit]
+        return typical + [i for i in chosen if apart[i] > limit], len(typical)
 
 
 def _rows(z: Tensor) -> Tensor:
@@ -554,29 +640,24 @@ def calibrate(
     """
     count = len(latents.images)
     place = torch.full((count,), -1)
-    place[chosen] = torch.arange(len(chosen))
-    maps = [torch.zeros(0, *MASK_SIZE, device=latents.device)]
+    place[chosen] = 1 + torch.arange(len(chosen))
+    factor = count / (count - 1) if template_is_mean else 1.0
+    parts = [empty_scores(latents.device)]
     for indices, levels in latents:
         left_out = place[indices].to(latents.device) if chosen else None
-        maps.append(scorer.map_of_latents(levels, left_out))
-    factor = count / (count - 1) if template_is_mean and not chosen else 1.0
-    return distribution(gather(torch.cat(maps), count) * factor)
+        parts.append(scorer.score_latents(levels, left_out, factor))
+    return distribution(collect(parts, count))
 
 
-def distribution(maps: Tensor) -> Calibration:
-    """Scores of anomaly maps (N,H,W).
-
-    Raises:
-        DivergedError: a score is not finite.
-    """
-    if not torch.isfinite(maps).all():
-        raise DivergedError("anomaly maps are no longer finite")
+def distribution(scored: Scored) -> Calibration:
+    """What there is to know about the scores of good images."""
+    maps, scores = scored
     pixels = sorted_scores(maps.flatten()).cpu().numpy()
     places = LEVELS * (len(pixels) - 1)
     below, above = np.floor(places).astype(int), np.ceil(places).astype(int)
     pixel_scores = pixels[below] + (places - below) * (pixels[above] - pixels[below])
     return Calibration(
-        image_scores=maps.flatten(1).amax(1).sort().values.tolist(),
+        image_scores=scores.sort().values.tolist(),
         pixel_scores=pixel_scores.tolist(),
     )
 
@@ -712,21 +793,71 @@ def read_tensor(x: object, shape: Sequence[int], dtype: torch.dtype, name: str) 
         raise ValueError(f"{name} is not a tensor")
     if tuple(x.shape) != tuple(shape) or x.dtype != dtype:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, not {tuple(shape)}")
-    if x.numel() * x.element_size() > x.untyped_storage().nbytes() or not x.isfinite().all():
+    if x.numel() * x.element_size() > x.untyped_storage().nbytes():
+        raise ValueError(f"{name} has fewer numbers than its shape")
+    return read_finite(x, name)
+
+
+def read_finite(x: Tensor, name: str) -> Tensor:
+    """Raises ValueError unless all numbers are finite."""
+    if not x.isfinite().all():
         raise ValueError(f"{name} is not finite")
     return x
 
 
-def read_templates(config: PyramidFlowConfig, given: list[Tensor]) -> Tensors:
-    """Raises ValueError unless `given` are latent templates for the configuration, and finite."""
+def pack_templates(templates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(K,C,H,W) -> the first (1,C,H,W), the others' differences to it in steps (K-1,C,H,W) int8, steps (C,).
+
+    Steps are powers of two, so that packing what was unpacked gives the same numbers again.
+    """
+    first, others = templates[:1], templates[1:] - templates[:1]
+    largest = others.abs().amax((0, 2, 3)) if len(others) else templates.new_zeros(templates.shape[1])
+    steps = torch.exp2((largest.clamp(min=1e-30) / 127).log2().ceil())
+    codes = (others / steps[:, None, None]).round().clamp(-127, 127).to(torch.int8)
+    return first.contiguous(), codes.contiguous(), steps
+
+
+def unpack_templates(first: Tensor, codes: Tensor, steps: Tensor) -> Tensor:
+    """(K,C,H,W) of what `pack_templates` gave."""
+    return torch.cat([first, first + codes * steps[:, None, None]])
+
+
+def lay_out(templates: Tensor) -> Tensor:
+    """The same (K,C,H,W), in the memory format in which it is compared with latents."""
+    if len(templates) == 1:
+        return templates.contiguous(memory_format=kernels.MEMORY_FORMAT)
+    return kernels.bank_layout(templates)
+
+
+def read_templates(config: PyramidFlowConfig, given: list) -> Tensors:
+    """Raises ValueError unless `given` are packed templates for the configuration, and finite."""
     if not isinstance(given, list) or len(given) != config.num_level:
         raise ValueError("number of template levels")
-    count = len(given[0]) if isinstance(given[0], Tensor) and given[0].dim() == 4 else 1
-    if not count:
+    if not all(
+        isinstance(parts, tuple)
+        and len(parts) == 3
+        and all(isinstance(x, Tensor) and x.dim() for x in parts)
+        for parts in given
+    ):
+        raise ValueError("templates that are not packed")
+    counts = {len(codes) for _, codes, _ in given}
+    if len(counts) != 1 or min(counts) >= MOST_TEMPLATES:
         raise ValueError("number of templates")
-    shapes = [(count, config.channels, *config.level_size(i)) for i in range(config.num_level)]
-    pairs = enumerate(zip(given, shapes, strict=True))
-    return tuple(read_tensor(x, shape, torch.float32, f"template level {i}") for i, (x, shape) in pairs)
+    templates, (count,) = [], counts
+    for i, (first, codes, steps) in enumerate(given):
+        shape, name = (config.channels, *config.level_size(i)), f"template level {i}"
+        read_tensor(first, (1, *shape), torch.float32, name)
+        read_tensor(codes, (count, *shape), torch.int8, name)
+        read_tensor(steps, shape[:1], torch.float32, name)
+        templates.append(read_finite(unpack_templates(first, codes, steps), name))
+    return tuple(templates)
+
+
+def read_count(given: object, most: int) -> int:
+    """Raises ValueError unless `given` is a number from 1 to `most`."""
+    if type(given) is not int or not 1 <= given <= most:
+        raise ValueError("number of typical templates")
+    return given
 
 
 def read_sigma(config: PyramidFlowConfig, given: list[Tensor]) -> Tensors:

@@ -59,6 +59,7 @@ from model import (
 )
 from scorer import (
     LAST_FILE,
+    Scored,
     ScoreOptions,
     Scorer,
     TestSet,
@@ -222,7 +223,7 @@ def train_one_epoch(
 
 def evaluate(
     model: PyramidFlow, train_set: Images, test_set: TestSet, args: Namespace, clock: Clock
-) -> list[tuple[Scorer, Tensor]]:
+) -> list[tuple[Scorer, Scored]]:
     """Scorers of the weights as they are, with the maps of the test images; --score's comes last.
 
     Raises:
@@ -232,12 +233,12 @@ def evaluate(
     with clock.part("template"):
         scorers = fit_all(model, train_set, options, args.template, args.cls[0], vars(args))
     with clock.part("test"):
-        all_maps = score_all(scorers, test_set.images)
-    for option, scorer, maps in zip(options, scorers, all_maps, strict=True):
+        scored = score_all(scorers, test_set.images)
+    for option, scorer, (maps, scores) in zip(options, scorers, scored, strict=True):
         with clock.part("metrics"):
-            metrics = evaluate_maps(maps, test_set.truth, args.proLimit)
+            metrics = evaluate_maps(maps, test_set.truth, args.proLimit, scores)
         scorer.metrics = {"score": option.score, **asdict(metrics)}
-    return list(zip(scorers, all_maps, strict=True))
+    return list(zip(scorers, scored, strict=True))
 
 
 class LossMeter:
@@ -478,12 +479,12 @@ class Run:
             if isinstance(value, float):
                 self._board.add_scalar(key, value, scorer.metrics["epoch"])
 
-    def finish(self, test_set: TestSet, scorer: Scorer, maps: Tensor) -> None:
+    def finish(self, test_set: TestSet, scorer: Scorer, scored: Scored) -> None:
         """The figures of the last epoch, result.json, and the table."""
         if not self.log:
             return
         folder, rows = self.folder / "pictures", self._rows()
-        figures.save_evaluation(folder, test_set, maps, scorer, self.args.proLimit)
+        figures.save_evaluation(folder, test_set, scored, scorer, self.args.proLimit)
         figures.save_curves(folder / "curves.png", rows, self.args.proLimit)
         if self._board:
             for path in sorted(folder.rglob("*.png")):

@@ -302,7 +302,7 @@ def measure_errors(args: argparse.Namespace, device: torch.device) -> None:
     for precision in precisions_of(device):
         model.compute_networks_in(apply_precision(precision))
         loss, gradient = loss_and_gradient(model, pairs, torch.float32)
-        values = vars(evaluate_maps(scorer.score_all(test_set.images), test_set.truth))
+        values = vars(evaluate_maps(scorer.score_all(test_set.images).maps, test_set.truth))
         errors = f"{abs(loss / exact[0] - 1):.1e}", f"{_distance(gradient, exact[1]):.1e}"
         rows.append([precision, *errors, *(percent(values[key]) for key in METRICS)])
     difference = _distance(other[1], exact[1])

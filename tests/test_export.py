@@ -59,9 +59,11 @@ def assert_same_maps(scorer, path):
     assert exported.image_size == scorer.image_size
     for batch in (1, 3):
         images = torch.randint(0, 256, (batch, *exported.image_size, 3), dtype=torch.uint8)
-        maps, expected = exported.score(images), scorer.score(images)
+        (maps, scores), expected = exported.score(images), scorer.score(images)
         assert maps.shape == (batch, 256, 256)
-        assert (maps - expected).abs().max() < 1e-4 * expected.max()
+        assert scores.shape == (batch,)
+        assert (maps - expected.maps).abs().max() < 1e-4 * expected.maps.max()
+        assert (scores - expected.scores).abs().max() < 1e-4 * expected.scores.max()
 
 
 @pytest.mark.parametrize("num_level", [2, 4, 8])
@@ -190,7 +192,7 @@ def test_a_file_that_onnx_wrote_again_is_still_the_model(tmp_path):
     export_onnx(make_scorer(), path)
     onnx.save(onnx.load(path), tmp_path / "b.onnx")
     images = torch.zeros(1, 32, 64, 3, dtype=torch.uint8)
-    maps = [OnnxScorer(tmp_path / name).score(images) for name in ("a.onnx", "b.onnx")]
+    maps = [OnnxScorer(tmp_path / name).score(images).maps for name in ("a.onnx", "b.onnx")]
     assert torch.equal(*maps)
     onnx.checker.check_model(path)
 

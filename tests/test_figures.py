@@ -14,7 +14,7 @@ import dataset
 import figures
 from dataset import IMAGENET_MEAN, IMAGENET_STD
 from metrics import METRICS, GroundTruth, Ranking
-from scorer import distribution
+from scorer import Scored, distribution
 
 pytestmark = pytest.mark.filterwarnings("error")
 SIZE = 32
@@ -34,7 +34,7 @@ def make_test_set(kinds, names=None, masks=True):
     images = [np.full((SIZE, SIZE, 3), 100 + i, np.uint8) for i in range(len(kinds))]
     data = SimpleNamespace(name="widget", test=test)
     ground_truth = GroundTruth.from_masks(defective, truth if masks else None)
-    return SimpleNamespace(data=data, images=images, truth=ground_truth), maps
+    return SimpleNamespace(data=data, images=images, truth=ground_truth), Scored(maps, maps.amax((1, 2)))
 
 
 class ScorerStub:
@@ -79,9 +79,9 @@ def test_examples_are_spread_over_each_kind():
 
 
 def test_an_evaluation_has_panels_histogram_and_curves(tmp_path):
-    test_set, maps = make_test_set(["good"] * 5 + ["hole"] * 2)
-    scorer = ScorerStub(distribution(maps[:5]))
-    figures.save_evaluation(tmp_path / "figures", test_set, maps, scorer)
+    test_set, scored = make_test_set(["good"] * 5 + ["hole"] * 2)
+    scorer = ScorerStub(distribution(Scored(*(x[:5] for x in scored))))
+    figures.save_evaluation(tmp_path / "figures", test_set, scored, scorer)
     panels = ["good/000_png.png", "good/002_png.png", "good/004_png.png"]
     panels += ["hole/005_png.png", "hole/006_png.png"]
     assert files_in(tmp_path / "figures") == {*panels, "histogram.png", "roc_pro.png"}
@@ -102,16 +102,16 @@ def test_what_is_not_known_is_left_out(tmp_path):
 
 @pytest.mark.parametrize("kinds", [["good", "good"], ["hole", "hole"]])
 def test_one_kind_alone_can_be_drawn(tmp_path, kinds):
-    test_set, maps = make_test_set(kinds)
-    figures.save_evaluation(tmp_path / "figures", test_set, maps, ScorerStub())
+    test_set, scored = make_test_set(kinds)
+    figures.save_evaluation(tmp_path / "figures", test_set, scored, ScorerStub())
     assert ("roc_pro.png" in files_in(tmp_path / "figures")) == (kinds[0] == "hole")
 
 
 def test_any_file_name_can_be_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "PANELS_PER_KIND", 4)
     names = ["$x^{.png", "two\nlines.png", os.fsdecode(b"latin-\xe9.png"), "螺" * 80 + ".png"]
-    test_set, maps = make_test_set([os.fsdecode(b"gro\xdf\n")] * 4, names)
-    figures.save_evaluation(tmp_path / "figures", test_set, maps, ScorerStub())
+    test_set, scored = make_test_set([os.fsdecode(b"gro\xdf\n")] * 4, names)
+    figures.save_evaluation(tmp_path / "figures", test_set, scored, ScorerStub())
     panels = [name for name in files_in(tmp_path / "figures") if "/" in name]
     assert len(panels) == len(names)
     assert all(panel.isprintable() for panel in panels)

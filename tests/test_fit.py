@@ -31,7 +31,7 @@ def run(run_main, trained, folder, out, *extra):
 @pytest.mark.parametrize(
     ("flags", "options"),
     [
-        ([], ScoreOptions("paper", 1, False)),
+        ([], ScoreOptions("paper", 1, False, 0.0)),
         (["--score", "bank", "--numTemplate", 3, "--smooth", 1], ScoreOptions("bank", 3, True, 1.0)),
     ],
 )

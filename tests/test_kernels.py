@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import MEMORY_FORMAT, basis, conv2d, from_spectrum, pays_in_frequency_domain, to_spectrum
+from model import LaplacianPyramid
 
 
 def random(*shape):
@@ -34,6 +35,8 @@ def cases():
     yield "pairs", (random(2, 3, 6, 5),)
     yield "pairs", (random(4, 3, 6, 5),)
     yield "channel_mean", (x,)
+    yield "template_distances", (x, random(4, 3, 10, 7))
+    yield "template_distances", (x, kernels.bank_layout(random(5, 3, 10, 7)))
     sizes, sources = [(32, 16), (48, 36), (10, 4), (12, 10)], ["map", "upsampled", "both"]
     for k, (h, w), source, stride in itertools.product([1, 3, 5, 7, 9], sizes, sources, [1, 2]):
         x = None if source == "upsampled" else random(2, 3, h, w)
@@ -50,6 +53,20 @@ def describe(value):
 def test_every_kernel_has_a_case():
     twins = {name.removeprefix("plain_") for name in vars(kernels) if name.startswith("plain_")}
     assert twins == {name for name, _ in cases()}
+
+
+def test_many_maps_compose_as_the_pyramid_does():
+    for num_level in (2, 4):
+        levels = tuple(random(2, 3, 32 >> i, 16 >> i).detach() for i in range(num_level))
+        expected = LaplacianPyramid(num_level).double().compose(levels)
+        torch.testing.assert_close(kernels.compose_maps(levels), expected)
+
+
+def test_the_layout_of_a_bank_puts_a_pixels_templates_side_by_side():
+    bank = random(5, 3, 4, 6)
+    laid_out = kernels.bank_layout(bank)
+    assert torch.equal(laid_out, bank)
+    assert laid_out.permute(2, 3, 0, 1).is_contiguous()
 
 
 @pytest.fixture(params=["direct", "frequency domain"])

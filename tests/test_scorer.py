@@ -14,13 +14,11 @@ from model import PyramidFlow, PyramidFlowConfig
 from scorer import (
     LEVELS,
     Calibration,
-    Latents,
+    Scored,
     ScoreOptions,
     Scorer,
-    Statistics,
     batch_size,
     choose_thresholds,
-    coarse_levels,
     distribution,
     fit_all,
     gaussian,
@@ -90,13 +88,26 @@ def usual_sizes(latents):
     return [z.double().var(0, correction=0).mean((1, 2)).sqrt().float() for z in latents]
 
 
-def greedy(points, count):
-    """k-center, by brute force: each next point is the one farthest from all that are chosen."""
+def greedy(latents, count):
+    """The images of a bank, by brute force: k-center on the coarsest levels, the typical ones first.
+
+    Returns:
+        Images, and how many of them are typical.
+    """
+    sigma = usual_sizes(latents)
+    points = torch.cat([(latents[i] / sigma[i][:, None, None]).flatten(1) for i in (-2, -1)], 1)
     chosen = [int((points - points.mean(0)).norm(dim=1).argmin())]
-    while len(chosen) < count:
+    while len(chosen) < min(count, len(points)):
         distances = torch.stack([(points - points[i]).norm(dim=1) for i in chosen]).amin(0)
         chosen.append(int(distances.argmax()))
-    return chosen
+    apart = torch.cdist(points, points).fill_diagonal_(torch.inf).amin(1).tolist()
+    limit = sorted(apart)[int(0.75 * (len(apart) - 1))] * 1.000001
+    typical = [i for i in chosen if apart[i] <= limit]
+    return typical + [i for i in chosen if i not in typical], len(typical)
+
+
+def scored(maps):
+    return Scored(maps, maps.flatten(1).amax(1))
 
 
 def one(latents, i):
@@ -112,25 +123,50 @@ def test_the_papers_map_is_the_difference_to_the_mean(model, images):
     mean = [z.mean(0, keepdim=True) for z in latents]
     for t, m in zip(scorer.templates, mean, strict=True):
         assert torch.allclose(t, m, atol=1e-5)
-    for i, found in enumerate(scorer.score(images)):
+    for i, (found, score) in enumerate(zip(*scorer.score(images), strict=True)):
         expected = at_mask_size(map_against(model, one(latents, i), mean))
         assert torch.allclose(found, expected, atol=1e-5 * float(expected.max()))
+        assert score == found.max()
 
 
 @pytest.mark.parametrize("whiten", [True, False])
 @pytest.mark.parametrize("smooth", [0.0, 2.0])
 def test_the_banks_map_is_that_of_the_best_template_at_each_pixel(model, images, whiten, smooth):
-    scorer = Scorer.fit(model, Pictures(images), ScoreOptions("bank", 3, whiten, smooth))
-    latents = latents_of(model, images)
-    sigma = usual_sizes(latents) if whiten else None
-    chosen = greedy(coarse_levels(latents), 3)
+    scorer = Scorer.fit(model, Pictures(images), ScoreOptions("bank", 5, whiten, smooth))
+    sigma = scorer.sigma or [torch.ones(CONFIG.channels)] * CONFIG.num_level
+    templates = [t * s[:, None, None] for t, s in zip(scorer.templates, sigma, strict=True)]
     others = torch.randint(0, 256, (2, *CONFIG.image_size, 3), dtype=torch.uint8)
-    for i, found in enumerate(scorer.score(others)):
+    for i, (found, score) in enumerate(zip(*scorer.score(others), strict=True)):
         new = one(latents_of(model, others), i)
-        maps = [map_against(model, new, one(latents, k), sigma) for k in chosen]
-        expected = at_mask_size(torch.stack(maps).amin(0))
+        maps = torch.stack([map_against(model, new, one(templates, k), sigma) for k in range(5)])
+        expected = at_mask_size(maps.amin(0))
         expected = gaussian(expected[None], smooth)[0] if smooth else expected
         assert torch.allclose(found, expected, atol=1e-4 * float(expected.max()))
+        typical = at_mask_size(
+            maps[: scorer.num_typical].amin(0)
+        )  # neither smoothed nor with the odd ones
+        assert float(score) == pytest.approx(float(typical.max()), rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, COUNT + 5])
+def test_the_bank_is_the_mean_and_images_by_greedy_k_center(model, images, count):
+    scorer = Scorer.fit(model, Pictures(images), ScoreOptions("bank", count))
+    latents = latents_of(model, images)
+    chosen, num_typical = greedy(latents, count - 1)
+    assert scorer.num_typical == 1 + num_typical
+    for t, z, s in zip(scorer.templates, latents, scorer.sigma, strict=True):
+        expected = torch.cat([z.mean(0, keepdim=True), z[chosen]]) / s[:, None, None]
+        step = 2 * (expected[1:] - expected[:1]).abs().amax((0, 2, 3)) / 127  # stored in 8 bits
+        assert t.shape == expected.shape
+        assert ((t - expected).abs() <= 0.51 * step[:, None, None] + 1e-4).all()
+
+
+def test_a_batch_may_be_compared_with_the_bank_in_parts(model, images, monkeypatch):
+    scorer = Scorer.fit(model, Pictures(images), BANK)
+    whole = scorer.score(images)
+    monkeypatch.setattr(scorer_module, "BANK_ELEMENTS", 1)
+    for x, y in zip(scorer.score(images), whole, strict=True):
+        assert torch.allclose(x, y, atol=1e-6)
 
 
 def test_whitening_divides_by_the_root_of_the_mean_variance(model, images):
@@ -142,18 +178,9 @@ def test_whitening_divides_by_the_root_of_the_mean_variance(model, images):
         assert torch.allclose(t, z.mean(0, keepdim=True) / s[:, None, None], atol=1e-4)
 
 
-def test_the_bank_is_chosen_by_greedy_k_center(model, images):
-    statistics = Statistics.of(Latents(model, Pictures(images)))
-    points = coarse_levels(latents_of(model, images))
-    for count in range(2, COUNT + 1):
-        assert statistics.choose(count) == greedy(points, count)
-    assert sorted(statistics.choose(COUNT + 5)) == list(range(COUNT))
-    assert statistics.choose(1) == []  # the mean
-
-
 def test_coarse_levels_are_small_and_of_the_two_coarsest_levels():
     latents = tuple(torch.randn(2, 3, 256 >> i, 128 >> i) for i in range(3))
-    coarse = coarse_levels(latents)
+    coarse = scorer_module.coarse_levels(latents)
     assert coarse.shape == (2, 3 * (64 * 32 + 64 * 32))
     assert torch.equal(coarse[:, 3 * 64 * 32 :], latents[2].flatten(1))
     means = latents[1].unflatten(3, (32, 2)).unflatten(2, (64, 2)).mean((3, 5))
@@ -176,13 +203,13 @@ def test_several_scorers_share_one_pass_and_are_those_fitted_alone(model, images
     options = [ScoreOptions(), ScoreOptions("bank", 2)]
     together = fit_all(model, Pictures(images), options)
     count = len(passes)
-    maps = score_all(together, Pictures(images))
+    scored = score_all(together, Pictures(images))
     assert len(passes) == count + 1
-    for scorer, option, its_maps in zip(together, options, maps, strict=True):
+    for scorer, option, found in zip(together, options, scored, strict=True):
         alone = Scorer.fit(model, Pictures(images), option)
         assert alone.calibration == scorer.calibration
-        assert torch.equal(alone.score(images), its_maps)
-        assert torch.equal(scorer.score_all(Pictures(images)), its_maps)
+        for other in (alone.score(images), scorer.score_all(Pictures(images))):
+            assert all(map(torch.equal, other, found))
 
 
 def test_latents_that_do_not_fit_in_memory_are_computed_again(model, images, monkeypatch):
@@ -196,19 +223,19 @@ def test_latents_that_do_not_fit_in_memory_are_computed_again(model, images, mon
 def test_the_zero_template(model, images):
     scorer = Scorer.fit(model, Pictures(images), template="zero")
     assert not any(t.any() for t in scorer.templates)
-    scores = scorer.score(images).flatten(1).amax(1)
+    scores = scorer.score(images).scores
     assert scorer.calibration.image_scores == pytest.approx(scores.sort().values.tolist())
 
 
 def test_what_a_scorer_was_fitted_with_shows(model, images):
     for options in (
-        ScoreOptions("paper", 1, False),
+        ScoreOptions("paper", 1, False, 0.0),
         ScoreOptions("bank", 1, True),
         ScoreOptions("bank", 3, False, 2.0),
     ):
         assert Scorer.fit(model, Pictures(images), options).options == options
     more = Scorer.fit(model, Pictures(images), ScoreOptions("bank", 99))
-    assert more.options == ScoreOptions("bank", COUNT)
+    assert more.options == ScoreOptions("bank", 1 + COUNT)
 
 
 def test_no_images_and_infinite_scores(model, images):
@@ -218,31 +245,24 @@ def test_no_images_and_infinite_scores(model, images):
     scorer.templates = tuple(t / 0 for t in scorer.templates)
     with pytest.raises(DivergedError, match="no longer finite"):
         scorer.score_all(Pictures(images))
-    with pytest.raises(DivergedError, match="no longer finite"):
-        distribution(torch.full((1, 8, 8), torch.nan))
 
 
 @pytest.mark.parametrize("options", [ScoreOptions(), BANK])
 def test_the_image_template(model, images, options):
-    """The mean's, or that of the template nearest to an image: of an image in the bank, the image itself."""
+    """The mean's, or that of the template nearest to an image."""
     scorer = Scorer.fit(model, Pictures(images), options)
+    sigma = scorer.sigma or [torch.ones(CONFIG.channels)] * CONFIG.num_level
+    templates = [t * s[:, None, None] for t, s in zip(scorer.templates, sigma, strict=True)]
     latents = latents_of(model, images)
     for i in range(COUNT):
-        nearest = [z.mean(0, keepdim=True) for z in latents]
-        if options is BANK:
-            sigma = usual_sizes(latents)
-            chosen = greedy(coarse_levels(latents), 3)
-            mean = {
-                k: map_against(model, one(latents, i), one(latents, k), sigma).mean() for k in chosen
-            }
-            nearest = one(latents, min(mean, key=mean.get))
-        expected = model.inverse(tuple(nearest))[0]
+        means = [
+            map_against(model, one(latents, i), one(templates, k), sigma).mean()
+            for k in range(len(templates[0]))
+        ]
+        expected = model.inverse(tuple(one(templates, int(torch.stack(means).argmin()))))[0]
         assert torch.allclose(scorer.image_template(images[i].numpy()), expected, atol=1e-3)
-    first = scorer.image_template()
-    if options is BANK:
-        assert torch.allclose(first, normalize(images[chosen[:1]])[0], atol=1e-3)
-    else:
-        assert torch.equal(first, scorer.image_template(images[0].numpy()))
+    mean = [z.mean(0, keepdim=True) for z in latents]
+    assert torch.allclose(scorer.image_template(), model.inverse(tuple(mean))[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("options", [ScoreOptions(), ScoreOptions("bank", 3, True, 1.5)])
@@ -256,7 +276,10 @@ def test_a_scorer_survives_its_file(model, images, options, tmp_path):
     }
     scorer.save(tmp_path / "a.pt")
     loaded = Scorer.load(tmp_path / "a.pt", precision="fp32")
-    assert torch.equal(loaded.score(images), scorer.score(images))
+    assert all(map(torch.equal, loaded.score(images), scorer.score(images)))
+    loaded.save(tmp_path / "b.pt")
+    again = Scorer.load(tmp_path / "b.pt", precision="fp32")
+    assert all(map(torch.equal, again.templates, scorer.templates))
     for name in ("metrics", "calibration", "class_name", "settings", "options"):
         assert getattr(loaded, name) == getattr(scorer, name)
     assert loaded.path == tmp_path / "a.pt"
@@ -277,20 +300,29 @@ def test_each_image_is_scored_against_the_mean_of_the_others(model, images):
     expected = []
     for i in range(COUNT):
         others = Scorer.fit(model, Pictures(torch.cat([images[:i], images[i + 1 :]])))
-        expected.append(float(others.score(images[i : i + 1]).max()))
+        expected.append(float(others.score(images[i : i + 1]).scores))
     assert scorer.calibration.image_scores == pytest.approx(sorted(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("count", [2, 3, COUNT + 3])
 def test_an_image_in_the_bank_is_scored_against_the_others_in_it(model, images, count):
-    scorer = Scorer.fit(model, Pictures(images), ScoreOptions("bank", count))
-    chosen = greedy(coarse_levels(latents_of(model, images)), min(count, COUNT))
-    expected = []
+    scorer = Scorer.fit(model, Pictures(images), ScoreOptions("bank", count, smooth=0.0))
+    latents = latents_of(model, images)
+    chosen, _ = greedy(latents, count - 1)
+    expected, maps = [], []
     for i in range(COUNT):
-        kept = [place for place, k in enumerate(chosen) if k != i]
-        others = Scorer(model, tuple(t[kept] for t in scorer.templates), scorer.sigma)
-        expected.append(float(others.score(images[i : i + 1]).max()))
-    assert scorer.calibration.image_scores == pytest.approx(sorted(expected), rel=1e-5)
+        rest = [torch.cat([z[:i], z[i + 1 :]]).mean(0, keepdim=True) for z in latents]
+        mean = [m / s[:, None, None] for m, s in zip(rest, scorer.sigma, strict=True)]
+        kept = [1 + place for place, k in enumerate(chosen) if k != i]
+        bank = [torch.cat([m, t[kept]]) for m, t in zip(mean, scorer.templates, strict=True)]
+        typical = 1 + sum(k != i for k in chosen[: scorer.num_typical - 1])
+        others = Scorer(model, tuple(bank), typical, scorer.sigma)
+        found = others.score(images[i : i + 1])
+        expected.append(float(found.scores))
+        maps.append(found.maps)
+    assert scorer.calibration.image_scores == pytest.approx(sorted(expected), rel=1e-4)
+    pixels = distribution(Scored(torch.cat(maps), torch.zeros(COUNT))).pixel_scores
+    assert scorer.calibration.pixel_scores == pytest.approx(pixels, rel=1e-3, abs=1e-4)
     assert min(expected) > 0.1 * max(expected)  # none with itself
 
 
@@ -309,12 +341,12 @@ def test_one_image_has_no_others(model, images):
     for options in (ScoreOptions(), BANK):
         scorer = Scorer.fit(model, Pictures(images[:1]), options)
         assert scorer.calibration is None
-        assert torch.isfinite(scorer.score(images)).all()
+        assert torch.isfinite(scorer.score(images).maps).all()
 
 
 def test_quantiles_of_pixels_and_images():
     maps = torch.arange(4 * 100 * 100.0).view(4, 100, 100)
-    calibration = distribution(maps)
+    calibration = distribution(scored(maps))
     assert len(calibration.pixel_scores) == len(LEVELS)
     for q in (0.0, 0.25, 0.5, 0.99, 0.999, 1.0):
         thresholds = calibration.thresholds(pixel_quantile=q, image_quantile=q)
@@ -323,13 +355,13 @@ def test_quantiles_of_pixels_and_images():
 
 
 def test_the_color_scale_leaves_room_above_good_pixels():
-    low, high = distribution(torch.rand(3, 64, 64)).color_scale()
+    low, high = distribution(scored(torch.rand(3, 64, 64))).color_scale()
     assert low == pytest.approx(0, abs=0.01)
     assert high == pytest.approx(2, abs=0.02)
 
 
 def test_a_calibration_survives_its_dict():
-    calibration = distribution(torch.rand(3, 8, 8))
+    calibration = distribution(scored(torch.rand(3, 8, 8)))
     assert Calibration.from_dict(asdict(calibration)) == calibration
 
 
@@ -345,7 +377,7 @@ def test_a_calibration_survives_its_dict():
     ],
 )
 def test_what_is_no_calibration_is_refused(change):
-    given = asdict(distribution(torch.rand(3, 8, 8)))
+    given = asdict(distribution(scored(torch.rand(3, 8, 8))))
     with pytest.raises(ValueError):  # noqa: PT011 (each has its own message)
         Calibration.from_dict({**given, **change})
 

@@ -94,11 +94,10 @@ def test_the_checkpoint_is_whole(tmp_path, run_main):
     data = open_class(tmp_path / "data", "widget")
     config = fresh.config
     scorer = Scorer.fit(fresh, Images(data.train, config.image_size, "ram", CPU, 1, "x"))
-    for ours, stored in zip(scorer.templates, checkpoint["templates"], strict=True):
+    for ours, (stored, *_) in zip(scorer.templates, checkpoint["templates"], strict=True):
         assert torch.equal(ours, stored)
     test_set = TestSet.load(data, config, "ram", 1, CPU)
-    maps = scorer.score_all(test_set.images)
-    metrics = evaluate_maps(maps, test_set.truth)
+    metrics = evaluate_maps(scorer.score_all(test_set.images).maps, test_set.truth)
     for name in METRICS:
         assert getattr(metrics, name) == checkpoint["metrics"][name], name
 
@@ -108,7 +107,7 @@ import sys, torch
 from pathlib import Path
 from scorer import Scorer
 images = (torch.arange(2 * 32 * 32 * 3) % 256).byte().view(2, 32, 32, 3)
-torch.save(Scorer.load(Path(sys.argv[1])).score(images), sys.argv[2])
+torch.save(Scorer.load(Path(sys.argv[1])).score(images).maps, sys.argv[2])
 """
 
 
@@ -120,7 +119,8 @@ def test_a_fresh_process_rebuilds_the_model(tmp_path, run_main):
     subprocess.run(list(map(str, command)), check=True, cwd=ROOT)
     checkpoint = load_checkpoint(path)
     images = (torch.arange(2 * 32 * 32 * 3) % 256).byte().view(2, 32, 32, 3)
-    maps = Scorer(rebuilt(checkpoint).eval(), tuple(checkpoint["templates"])).score(images)
+    mean = tuple(first for first, _, _ in checkpoint["templates"])
+    maps = Scorer(rebuilt(checkpoint).eval(), mean).score(images).maps
     assert torch.equal(torch.load(tmp_path / "maps.pt", weights_only=True), maps)
 
 
@@ -169,7 +169,7 @@ def test_the_method_and_each_ablation_train_stably(tmp_path, run_main, extra):
     assert losses[-1] < losses[0]
     if "zero" in extra:
         templates = load_checkpoint(only_run(tmp_path) / "last.pt")["templates"]
-        assert not any(x.any() for x in templates)
+        assert not any(x.any() for level in templates for x in level[:2])
 
 
 @pytest.mark.usefixtures("widget")
@@ -453,7 +453,7 @@ def test_both_scores_of_the_same_weights(tmp_path, run_main):
     }
     assert bank["last"]["score"] == "bank"
     content = load_checkpoint(only_run(tmp_path) / "last.pt")
-    assert [len(t) for t in content["templates"]] == [3, 3]
+    assert [len(codes) for _, codes, _ in content["templates"]] == [2, 2]
     assert {**content["metrics"], "seconds": 0} == {**bank["last"], "seconds": 0}
 
 
