@@ -378,7 +378,8 @@ def training_key(flags: list[str]) -> str:
     """The same for flags that give the same training."""
     args = train.parse_arguments(flags)
     about = vars(args) | asdict(train.model_config(args))
-    about = {name: value for name, value in about.items() if name not in NOT_IN_KEY}
+    unread = ("numTemplate", "whiten", "smooth") if args.score == "paper" else ()
+    about = {name: value for name, value in about.items() if name not in (*NOT_IN_KEY, *unread)}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
 
 
