@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed step       # training step and inference in every precision; the convolutions alone
     python -m benchmarks.speed epoch      # a whole epoch on a data set of MVTec's size, by its parts
+    python -m benchmarks.speed bank       # scoring by K templates against the paper's one: time, memory, file
     python -m benchmarks.speed precision --checkpoint saveDir/screw-.../last.pt --datapath DATA  # against float64
 
 Tables are printed and written with hardware, versions and date: to a new folder, to --out, or by --record over
@@ -30,7 +31,7 @@ from dataset import Images, normalize, open_class, training_order
 from kernels import MEMORY_FORMAT
 from metrics import METRICS, evaluate_maps, metric_labels
 from model import PyramidFlow, PyramidFlowConfig, coupling_schedule, training_loss
-from scorer import Scorer, TestSet, batch_size
+from scorer import ScoreOptions, Scorer, TestSet, batch_size, lay_out
 from util import (
     PRECISIONS,
     Clock,
@@ -47,15 +48,16 @@ from util import (
 
 GENERATED_CLASS, GENERATED_SIDE = "generated", 1024
 NUM_TRAIN, NUM_TEST_GOOD, NUM_TEST_DEFECTIVE = 320, 41, 119  # as MVTec's screw
+NUM_TEMPLATES = (1, 4, 16, 64)
 EPOCH_FLAGS = ["--augment", "none", "--numLayer", "4"]
 
 
 def main() -> None:
     parser = measuring.make_parser(__doc__)
     add = parser.add_argument
-    add("what", choices=("step", "epoch", "precision"))
+    add("what", choices=("step", "bank", "epoch", "precision"))
     models = sorted(measuring.DEFAULT_MODELS)
-    add("--model", nargs="+", choices=models, default=["fnf"], help="step, epoch: default models")
+    add("--model", nargs="+", choices=models, default=["fnf"], help="step, bank, epoch: default models")
     add("--precision", nargs="+", choices=PRECISIONS, default=["auto"], help="epoch: one by one")
     add("--datapath", type=Path, help="epoch, precision: a real data set; without it epoch makes one")
     add("--cls", help="epoch, precision: its class")
@@ -65,7 +67,12 @@ def main() -> None:
         parser.error("precision needs --checkpoint and --datapath")
     if args.what == "epoch" and args.datapath and not args.cls:
         parser.error("epoch with --datapath needs --cls")
-    benchmark = {"step": measure_steps, "epoch": measure_epochs, "precision": measure_errors}
+    benchmark = {
+        "step": measure_steps,
+        "bank": measure_banks,
+        "epoch": measure_epochs,
+        "precision": measure_errors,
+    }
     benchmark[args.what](args, measuring.prepare(args))
 
 
@@ -117,7 +124,7 @@ class TrainingStep:
 class Inference:
     """Anomaly maps of one batch, as large as evaluation takes it."""
 
-    def __init__(self, name: str, precision: str, device: torch.device):
+    def __init__(self, name: str, precision: str, device: torch.device, num_template: int | None = None):
         torch.manual_seed(0)
         config, self._precision = measuring.DEFAULT_MODELS[name], precision
         model = PyramidFlow(config).to(device).eval()
@@ -127,11 +134,18 @@ class Inference:
         self._images = random_images(self.num_images, config, device)
         sizes = [config.level_size(i) for i in range(config.num_level)]
         template = tuple(torch.zeros(1, config.channels, *size, device=device) for size in sizes)
-        self._scorer = Scorer(model, template)
+        self.scorer = Scorer(model, template)
+        if num_template is not None:  # a bank's cost does not depend on what is in it
+            self.scorer.templates = tuple(
+                lay_out(torch.randn(num_template, *t.shape[1:], device=device)) for t in template
+            )
+            self.scorer.num_typical = max(1, num_template // 2)
+            self.scorer.sigma = tuple(torch.ones(config.channels, device=device) for _ in template)
+            self.scorer.smooth = ScoreOptions().smooth
 
     def __call__(self) -> Tensor:
-        self._scorer.model.compute_networks_in(apply_precision(self._precision))
-        return self._scorer.score(self._images)
+        self.scorer.model.compute_networks_in(apply_precision(self._precision))
+        return self.scorer.score(self._images)
 
 
 def random_images(count: int, config: PyramidFlowConfig, device: torch.device) -> Tensor:
@@ -194,6 +208,44 @@ gradients and the optimizer. Inference to the anomaly map, in batches of {num_im
 {markdown_table([*header, "inference (images/s)"], rows)}
 
 Floor: {", ".join(floors)}."""
+
+
+# --------------------------------------------------------------------------------------- bank
+
+
+def measure_banks(args: argparse.Namespace, device: torch.device) -> None:
+    """Scoring by K templates against the paper's score: time per image, memory of the templates, file."""
+    for name in args.model:
+        precision = choose_precision("auto", device)
+        cases = {"paper": Inference(name, precision, device)}
+        cases |= {k: Inference(name, precision, device, k) for k in NUM_TEMPLATES}
+        times = measuring.interleaved_times(cases, args.repeats, device)
+        rows = []
+        for case, inference in cases.items():
+            seconds = median(times[case]) / inference.num_images
+            ratio = measuring.median_ratio(times[case], times["paper"])
+            memory = sum(t.nbytes for t in inference.scorer.templates) / MIB
+            rows.append(
+                [
+                    case,
+                    f"{1000 * seconds:.0f}",
+                    f"{ratio:.2f}",
+                    f"{memory:.0f}",
+                    f"{_file_size(inference):.0f}",
+                ]
+            )
+        header = ["templates", "ms per image", "/ paper", "templates in memory (MiB)", "file (MiB)"]
+        about = f"{name}, {precision}, batches of {cases['paper'].num_images}, medians of {args.repeats} rounds."
+        measuring.report(
+            args.out, f"bank-{name}", device, f"{about}\n\n{markdown_table(header, rows)}\n"
+        )
+
+
+def _file_size(inference: Inference) -> float:
+    """MiB of the scorer's file."""
+    with tempfile.TemporaryDirectory() as folder:
+        inference.scorer.save(Path(folder) / "a.pt")
+        return (Path(folder) / "a.pt").stat().st_size / MIB
 
 
 # -------------------------------------------------------------------------------------- epoch

@@ -173,6 +173,18 @@ def test_the_table_of_steps(tmp_path, run_main):
 
 
 @pytest.mark.usefixtures("tiny_models")
+def test_the_table_of_banks(tmp_path, run_main, monkeypatch):
+    monkeypatch.setattr(speed, "NUM_TEMPLATES", (1, 3))
+    code, _, err = run_main(speed.main, ["bank", "--repeats", 1, "--gpu", "cpu", "--out", tmp_path])
+    assert code == 0, err
+    (path,) = tmp_path.glob("*.md")
+    rows = [line.split("|")[1:-1] for line in path.read_text().splitlines() if line.startswith("| ")]
+    assert [row[0].strip() for row in rows] == ["templates", "paper", "1", "3"]
+    assert float(rows[1][2]) == 1
+    assert int(rows[3][4]) >= int(rows[1][4])
+
+
+@pytest.mark.usefixtures("tiny_models")
 def test_an_epoch_by_its_parts(tmp_path, run_main, monkeypatch):
     for name in ("NUM_TRAIN", "NUM_TEST_GOOD", "NUM_TEST_DEFECTIVE"):
         monkeypatch.setattr(speed, name, 4)
