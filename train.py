@@ -579,7 +579,19 @@ def open_tensorboard(folder: Path):
 def make_parser() -> Parser:
     """All flags, with the official names and defaults where the official program has them."""
     parser = Parser(description=__doc__)
-    # fmt: off
+    for add_flags in (
+        add_data_flags,
+        add_model_flags,
+        add_training_flags,
+        add_running_flags_of_training,
+    ):
+        add_flags(parser)
+    return parser
+
+
+# fmt: off
+def add_data_flags(parser: Parser) -> None:
+    """Which images there are, and how they are read."""
     add = parser.add_argument_group("data").add_argument
     add("--cls", nargs="+", default=["tile"], metavar="CLASS",
         help="folders of --datapath, one run each; or all")
@@ -594,6 +606,9 @@ def make_parser() -> Parser:
     add("--cache", choices=CACHES, default="auto",
         help="decoded images: ram, kept; none, read each time; auto: by free memory")
 
+
+def add_model_flags(parser: Parser) -> None:
+    """The architecture, and the weights it starts from."""
     add = parser.add_argument_group("model").add_argument
     add("--encoder", choices=ENCODERS, default="resnet18", help="none: fixed 1x1 convolution (FNF)")
     add("--encoderBN", choices=ENCODER_BNS, default="batch",
@@ -610,6 +625,9 @@ def make_parser() -> Parser:
         help="repetitions of the schedule of coupling blocks")
     add("--init", metavar="LAST.pt", help="start from the weights of a checkpoint")
 
+
+def add_training_flags(parser: Parser) -> None:
+    """The optimizer, and the paper's ablations."""
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=whole_number(1), default=15, help="passes over the training images")
     add("--batchSize", type=whole_number(1), default=2, help="images per step")
@@ -635,6 +653,9 @@ def make_parser() -> Parser:
     add("--contrast", choices=CONTRASTS, default="latent",
         help="latent: differences are composed; composed: compose, then difference")
 
+
+def add_running_flags_of_training(parser: Parser) -> None:
+    """The score, where it runs, and what it writes."""
     group = parser.add_argument_group("score")
     add_score_flags(group)
     group.add_argument("--proLimit", type=number(0, 1, above=True), default=0.3,
@@ -651,8 +672,7 @@ def make_parser() -> Parser:
     add("--config", metavar="FILE",
         help="yaml or json file of flags, such as a run's config.json; the command line wins")
     add("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
-    # fmt: on
-    return parser
+# fmt: on
 
 
 def _size(text: str) -> int | str:
