@@ -420,7 +420,7 @@ def fit_all(
     """`Scorer.fit` for each of the options, with one pass of the images through the network."""
     model.eval()
     latents = Latents(model, images)
-    statistics = Statistics.of(latents)
+    statistics = Statistics.of(latents, any(option.score == "bank" for option in options))
     zero = tuple(torch.zeros_like(t) for t in statistics.mean)
     mean = zero if template == "zero" else statistics.mean
     scorers = []
@@ -496,41 +496,43 @@ class Statistics:
     """
 
     mean: Tensors
-    sigma: Tensors
-    coarse: Tensor
+    sigma: Tensors = ()
+    coarse: Tensor | None = None
 
     @classmethod
-    def of(cls, latents: Latents) -> Statistics:
-        """Raises ValueError if there are no images."""
+    def of(cls, latents: Latents, bank: bool) -> Statistics:
+        """Statistics of all images.
+
+        Args:
+            bank: more than the mean is needed.
+
+        Raises:
+            ValueError: there are no images.
+        """
         count = len(latents.images)
         if not count:
             raise ValueError("a template needs at least one image")
         config = latents.model.config
-        shapes = [(1, config.channels, *config.level_size(i)) for i in range(config.num_level)]
         zeros = {"dtype": torch.float64, "device": latents.device}
+        shapes = [(1, config.channels, *config.level_size(i)) for i in range(config.num_level)]
         sums = [torch.zeros(s, **zeros).contiguous(memory_format=kernels.MEMORY_FORMAT) for s in shapes]
         squares = [torch.zeros(config.channels, **zeros) for _ in shapes]
-        coarse = [torch.zeros(0, coarse_levels(tuple(sums)).shape[1], device=latents.device)]
+        coarse = [coarse_levels(tuple(s[:0].float() for s in sums))]
         for _, levels in latents:
-            for z, s, q in zip(levels, sums, squares, strict=True):
+            for z, s in zip(levels, sums, strict=True):
                 s += _sum_of_images(z)
+            for z, q in zip(levels, squares, strict=True) if bank else ():
                 q += _rows(z).square().sum(0, dtype=torch.float64)
-            coarse.append(coarse_levels(levels))
+            coarse += [coarse_levels(levels)] if bank else []
         total([*sums, *squares])
         mean = [s / count for s in sums]
-        variance = [
-            q / count / m[0, 0].numel() - _rows(m).square().mean(0)
-            for q, m in zip(squares, mean, strict=True)
-        ]
-        sigma = tuple(v.clamp(min=1e-12).sqrt().float() for v in variance)
-        units = coarse_levels(
-            tuple(
-                s.expand(1, *m.shape[2:], -1).permute(0, 3, 1, 2)
-                for s, m in zip(sigma, mean, strict=True)
-            )
-        )
-        coarse = gather(torch.cat(coarse), count) / units
-        return cls(tuple(m.float() for m in mean), sigma, coarse)
+        found = cls(tuple(m.float() for m in mean))
+        if bank:
+            found.sigma = tuple(_deviation(q / count, m) for q, m in zip(squares, mean, strict=True))
+            pairs = zip(found.sigma, mean, strict=True)
+            units = coarse_levels(tuple(s[:, None, None].expand(m.shape) for s, m in pairs))
+            found.coarse = gather(torch.cat(coarse), count) / units
+        return found
 
     def choose(self, count: int) -> tuple[list[int], int]:
         """Images that stand for all by greedy k-center, starting at the one nearest to the mean.
@@ -550,6 +552,12 @@ class Statistics:
         limit = apart.sort().values[int(TYPICAL * (len(apart) - 1))]
         typical = [i for i in chosen if apart[i] <= limit]
         return typical + [i for i in chosen if apart[i] > limit], len(typical)
+
+
+def _deviation(square_sums: Tensor, mean: Tensor) -> Tensor:
+    """(C,) root of the variance, averaged over pixels, of the means over images of z^2, summed, and of z."""
+    variance = square_sums / mean[0, 0].numel() - _rows(mean).square().mean(0)
+    return variance.clamp(min=1e-12).sqrt().float()
 
 
 def _rows(z: Tensor) -> Tensor:
