@@ -190,6 +190,7 @@ def main() -> None:
     failed = run(plan, args)
     if table.plus:
         score_banks(plan, args)
+        failed += [e.job for e in plan if e.result() is None and e.job not in failed]
     write_csv(folder / "results.csv", [row for entry in plan for row in result_rows(entry)])
     text = markdown(table, plan, failed, args)
     write_text(folder / "table.md", text + "\n")
