@@ -33,7 +33,7 @@ from PIL import Image
 
 from dataset import IMAGE_SUFFIXES, list_images, look_ahead, read_image
 from export import OnnxScorer
-from figures import file_name, overlay, to_picture
+from figures import file_name, overlay, to_picture, write_png, write_tiff
 from scorer import (
     Inspection,
     Scorer,
@@ -496,20 +496,20 @@ class Writer:
         size, name = image.original.shape[:2], image.item.name
         verdict = judge(anomaly, score, size, self._thresholds, self._min_area, self._roi)
         if "overlays" in self._write:
-            shown = Image.fromarray(overlay(image.original, verdict.map, self._scale))
-            self._save(shown, "overlays", name, compress_level=1)
+            shown = overlay(image.original, verdict.map, self._scale)
+            self._save("overlays", name, lambda path: write_png(path, shown))
         if "masks" in self._write:
             mask = Image.fromarray(np.uint8(255) * verdict.mask)
-            self._save(mask, "masks", name, compress_level=1)
+            self._save("masks", name, lambda path: mask.save(path, format="png", compress_level=1))
         if "maps" in self._write:
-            self._save(Image.fromarray(verdict.map), "maps", name, compression="tiff_adobe_deflate")
+            self._save("maps", name, lambda path: write_tiff(path, verdict.map))
         return name.as_posix(), self._score_row(image, verdict), _defect_rows(image, verdict)
 
-    def _save(self, picture: Image.Image, kind: str, name: Path, **options) -> None:
+    def _save(self, kind: str, name: Path, save: Callable[[Path], None]) -> None:
         path = self._out / _place(kind, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            picture.save(temporary, format=path.suffix[1:], **options)
+            save(temporary)
 
     def _score_row(self, image: Loaded, verdict: Inspection) -> dict:
         thresholds, margin = self._thresholds, verdict.score - self._thresholds.image
