@@ -41,11 +41,14 @@ def to_picture(normalized: Tensor) -> np.ndarray:
 def overlay(image: np.ndarray, scores: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
     """Lay the colors of the scores (h,w) over an image, the denser the higher they are; uint8 (h,w,3)."""
     low, high = scale
-    levels = ((scores - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
+    levels = np.subtract(scores, low, dtype=np.float32)
+    levels *= 255 / (high - low)
+    levels = Image.fromarray(levels.clip(0, 255, out=levels).astype(np.uint8))
     palette = matplotlib.colormaps[COLOR_MAP](np.arange(256))[:, :3] * 255
-    opacity = (np.arange(256) / 255 * OVERLAY_OPACITY)[:, None]
-    kept, added = (1 - opacity).astype(np.float32), (palette * opacity).astype(np.float32)
-    return (image * kept[levels] + added[levels]).round().astype(np.uint8)
+    opacity = levels.point([round(OVERLAY_OPACITY * level) for level in range(256)])
+    colors = levels.copy()
+    colors.putpalette(palette.round().astype(np.uint8).tobytes())
+    return np.asarray(Image.composite(colors.convert("RGB"), Image.fromarray(image), opacity))
 
 
 def choose_examples(test: list[TestImage]) -> list[int]:
