@@ -80,7 +80,9 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a .pt file of train.py or fit.py, or a run's folder")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a .pt file of train.py or fit.py, or a run's folder"
+    )
     group = parser.add_argument_group("data")
     group.add_argument(
         "--datapath", type=Path, default=Path("../mvtec_anomaly_detection"),

@@ -46,7 +46,9 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a .pt file of train.py or fit.py, or a run's folder")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a .pt file of train.py or fit.py, or a run's folder"
+    )
     parser.add_argument("good", type=Path, help="folder of good images, itself and not its subfolders")
     parser.add_argument("--out", type=Path, required=True, metavar="NEW.pt", help="file to write, new")
     add_score_flags(parser.add_argument_group("score", "the checkpoint's own, or with --score another"))

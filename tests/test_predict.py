@@ -11,6 +11,8 @@ import torch
 from conftest import make_class, save_image
 from PIL import Image
 
+import evaluate
+import fit
 import predict
 import scorer
 from dataset import open_class
@@ -392,6 +394,16 @@ def test_a_run_its_folder_and_a_pattern_stand_for_the_newest_checkpoint(trained,
         code, out, err = run_main(predict.main, [model, images, *flags])
         assert code == 0, err
         assert out.startswith(f"checkpoint {trained.checkpoint}\n")
+    commands = {
+        evaluate.main: ["--datapath", trained.data, "--out", tmp_path / "evaluations"],
+        fit.main: [trained.data / "widget" / "train" / "good", "--out", tmp_path / "new.pt"],
+    }
+    for main, flags in commands.items():
+        code, out, err = run_main(main, [trained.run, *flags, "--gpu", "cpu"])
+        assert code == 0, err
+        assert out.startswith(f"checkpoint {trained.checkpoint}\n")
+        code, _, err = run_main(main, [trained.data, *flags, "--gpu", "cpu"])
+        assert (code, err.count("\n")) == (2, 1)
 
 
 def test_of_several_runs_the_newest_is_taken(tmp_path):
