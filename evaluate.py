@@ -17,7 +17,16 @@ from pathlib import Path
 import figures
 from dataset import CACHES, DATASETS, AnomalyClass, Images, open_class
 from metrics import PRO_LIMIT, evaluate_maps, result_table
-from scorer import ScoreOptions, Scorer, TestSet, add_score_flags, check_score_flags, fit_all, score_all
+from scorer import (
+    ScoreOptions,
+    Scorer,
+    TestSet,
+    add_score_flags,
+    check_score_flags,
+    find_checkpoint,
+    fit_all,
+    score_all,
+)
 from util import (
     InputError,
     Parser,
@@ -40,6 +49,7 @@ def main() -> None:
     device = choose_device(args.gpu)
     keep_freed_memory()
     check_writable(args.out, "--out")
+    args.checkpoint = find_checkpoint(args.checkpoint)
     stored = Scorer.load(args.checkpoint, device, args.precision)
     name = args.cls or stored.class_name
     if name != stored.class_name and not args.anyClass:
@@ -70,7 +80,9 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a .pt file that train.py or fit.py wrote")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a .pt file of train.py or fit.py, or a run's folder"
+    )
     group = parser.add_argument_group("data")
     group.add_argument(
         "--datapath", type=Path, default=Path("../mvtec_anomaly_detection"),

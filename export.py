@@ -1,11 +1,17 @@
-"""Export a trained model to ONNX, templates inside: image -> anomaly map and score, without Python.
+"""Export a trained model to ONNX, templates and thresholds inside: image -> verdict, without Python.
 
     pip install onnx onnxscript onnxruntime
     python export.py saveDir/tile-.../last.pt tile.onnx
+    python export.py saveDir/tile-.../last.pt tile.onnx --anyImageSize --threshold f1
     python predict.py tile.onnx my_images --out results
+    python docs/onnx_sample.py tile.onnx image.png      # without this program
 
-Input `image`: uint8 (batch,h,w,3), RGB, resized to the model's size (bilinear, as PIL does it); the size
-is in the file's metadata.  Outputs: `anomaly_map`, float32 (batch,256,256), and `score`, its maximum, (batch,).
+Input `image`: uint8 (batch,h,w,3), RGB, resized to the model's size (bilinear, as PIL does it); with
+--anyImageSize any h and w, and the graph resizes.  Inputs that may be left out: `image_threshold` and
+`pixel_threshold`, float32 (1,), and `roi`, bool (256,256), outside of which nothing is defective.
+Outputs: `anomaly_map`, float32 (batch,256,256); `score`, (batch,), its maximum (of a bank, that of the typical
+templates' map); `defective`, bool (batch,); `mask`, bool (batch,256,256).  Metadata: image_height, image_width,
+any_image_size, image_threshold, pixel_threshold, class.
 """
 
 from __future__ import annotations
@@ -15,44 +21,81 @@ import hashlib
 import json
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import MASK_SIZE
-from scorer import LARGEST, Calibration, Scored, Scorer, gaussian, latents_of, read_metrics
+from scorer import (
+    IMAGE_QUANTILE,
+    LARGEST,
+    PIXEL_QUANTILE,
+    Calibration,
+    Inspection,
+    Picture,
+    Scored,
+    Scorer,
+    Thresholds,
+    add_threshold_flags,
+    choose_thresholds,
+    find_checkpoint,
+    gaussian,
+    highest,
+    inspect,
+    latents_of,
+    read_metrics,
+)
 from util import InputError, Parser, atomic_path, run_script
 
 OPSET = 18
 METADATA_KEY, DIGEST_KEY = "pyramidflow", "sha256"
+ANY_SIZE = ("height", "width")  # names of dimensions
 LARGEST_FILE = 2**31 - 2**24  # protobuf's limit, less what is not templates and weights
 INSTALL = "pip install onnx onnxscript onnxruntime"
 
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a .pt file that train.py or fit.py wrote")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a .pt file of train.py or fit.py, or a run's folder"
+    )
     parser.add_argument("out", type=Path, help="file to write, new")
+    parser.add_argument("--anyImageSize", action="store_true", help="resize images in the graph")
+    add_threshold_flags(parser)
     args = parser.parse_args()
     if args.out.exists():
         raise InputError(f"{args.out} exists; choose a new file")
-    export_onnx(Scorer.load(args.checkpoint, "cpu", "fp32"), args.out)
+    scorer = Scorer.load(find_checkpoint(args.checkpoint), "cpu", "fp32")
+    quantiles = (args.pixelQuantile, args.imageQuantile)
+    thresholds = choose_thresholds(args.threshold, scorer.metrics, scorer.calibration, quantiles)
+    export_onnx(scorer, args.out, thresholds, args.anyImageSize)
     print(f"written to {args.out}: {args.out.stat().st_size / 2**20:.1f} MiB")
 
 
 # ------------------------------------------------------------------------------------ writing
 
 
-def export_onnx(scorer: Scorer, path: Path) -> None:
+def export_onnx(
+    scorer: Scorer, path: Path, thresholds: Thresholds | None = None, any_image_size: bool = False
+) -> None:
     """Write an ONNX file that scores a batch of any size.
+
+    Args:
+        thresholds: defaults of the graph; None: those of `choose_thresholds("quantile")`.
+        any_image_size: images are resized in the graph.
 
     Raises:
         InputError: the packages for it are missing, it would be too large, or it cannot be written.
     """
-    data = serialize(scorer)
+    if thresholds is None:
+        quantiles = PIXEL_QUANTILE, IMAGE_QUANTILE
+        thresholds = choose_thresholds("quantile", scorer.metrics, scorer.calibration, quantiles)
+    data = serialize(scorer, thresholds, any_image_size)
     try:
         with atomic_path(path) as temporary:
             temporary.write_bytes(data + digest_entry(data))
@@ -60,15 +103,15 @@ def export_onnx(scorer: Scorer, path: Path) -> None:
         raise InputError(f"cannot write {path} ({error.strerror}); choose another file") from None
 
 
-def serialize(scorer: Scorer) -> bytes:
+def serialize(scorer: Scorer, thresholds: Thresholds, any_image_size: bool) -> bytes:
     """The scorer as an ONNX model, without its digest.
 
     Raises:
         InputError: the packages for it are missing, or it would be too large.
     """
     try:
-        import onnx  # noqa: F401 (torch.onnx needs both)
-        import onnxscript  # noqa: F401
+        import onnx
+        import onnxscript  # noqa: F401 (torch.onnx needs it)
     except ImportError as error:
         raise InputError(f"the export needs the package {error.name}: {INSTALL}") from None
     if sum(t.nbytes for t in (*scorer.templates, *scorer.model.parameters())) > LARGEST_FILE:
@@ -77,18 +120,67 @@ def serialize(scorer: Scorer) -> bytes:
             "with a smaller --numTemplate by fit.py"
         )
     image = torch.zeros(2, *scorer.image_size, 3, dtype=torch.uint8)
+    options = {
+        "image_threshold": torch.tensor([thresholds.image]),
+        "pixel_threshold": torch.tensor([thresholds.pixel]),
+        "roi": torch.ones(MASK_SIZE, dtype=torch.bool),
+    }
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # what they say is for their own developers
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            Graph(scorer).eval(), (image,), dynamo=True, verbose=False, opset_version=OPSET,
-            input_names=["image"], output_names=["anomaly_map", "score"],
-            dynamic_shapes={"image": {0: torch.export.Dim("batch")}},
+            Graph(scorer).eval(), (image, *options.values()), dynamo=True, verbose=False,
+            opset_version=OPSET, input_names=["image", *options],
+            output_names=["anomaly_map", "score", "defective", "mask"],
+            dynamic_shapes={"image": {0: torch.export.Dim("batch")}, **dict.fromkeys(options)},
         )  # fmt: skip
     proto = program.model_proto
+    for name, default in options.items():  # an initializer that is an input may be left out
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(default.numpy(), name))
+    if any_image_size:
+        _resize_first(proto.graph, scorer.image_size)
+    for key, value in _plain_metadata(scorer, thresholds, any_image_size).items():
+        proto.metadata_props.add(key=key, value=str(value))
     proto.metadata_props.add(key=METADATA_KEY, value=json.dumps(_about(scorer)))
     return proto.SerializeToString()
+
+
+def _resize_first(graph, size: tuple[int, int]) -> None:
+    """Let a graph that takes images uint8 (B,*size,3) take those of any size, resized as PIL does it."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    for node in graph.node:
+        node.input[:] = ["resized" if name == "image" else name for name in node.input]
+    (image,) = [given for given in graph.input if given.name == "image"]
+    for dimension, name in zip(image.type.tensor_type.shape.dim[1:3], ANY_SIZE, strict=True):
+        dimension.dim_param = name
+    channels_and_size = np.array([3, *size], dtype=np.int64)
+    graph.initializer.append(numpy_helper.from_array(channels_and_size, "resize_to"))
+    make, last, first = helper.make_node, [0, 2, 3, 1], [0, 3, 1, 2]
+    nodes = [
+        make("Shape", ["image"], ["resize_batch"], start=0, end=1),
+        make("Concat", ["resize_batch", "resize_to"], ["resize_shape"], axis=0),
+        make("Cast", ["image"], ["resize_float"], to=TensorProto.FLOAT),
+        make("Transpose", ["resize_float"], ["resize_in"], perm=first),
+        make("Resize", ["resize_in", "", "", "resize_shape"], ["resize_out"],
+             mode="linear", antialias=1, exclude_outside=1),
+        make("Round", ["resize_out"], ["resize_round"]),
+        make("Transpose", ["resize_round"], ["resize_last"], perm=last),
+        make("Cast", ["resize_last"], ["resized"], to=TensorProto.UINT8),
+    ]  # fmt: skip
+    for position, node in enumerate(nodes):
+        graph.node.insert(position, node)
+
+
+def _plain_metadata(scorer: Scorer, thresholds: Thresholds, any_image_size: bool) -> dict:
+    """What programs in other languages need, readable without json."""
+    height, width = scorer.image_size
+    return {
+        "class": scorer.class_name, "image_height": height, "image_width": width,
+        "any_image_size": str(any_image_size).lower(),
+        "image_threshold": thresholds.image, "pixel_threshold": thresholds.pixel,
+    }  # fmt: skip
 
 
 def _about(scorer: Scorer) -> dict:
@@ -114,7 +206,7 @@ def digest_entry(model: bytes | memoryview) -> bytes:
 
 
 class Graph(nn.Module):
-    """uint8 images (B,h,w,3) -> anomaly maps (B,256,256) and scores (B,).
+    """uint8 images (B,h,w,3) -> anomaly maps (B,256,256), scores (B,), defective (B,), masks (B,256,256).
 
     What depends on weights alone is computed here and not in the graph.
     """
@@ -131,13 +223,16 @@ class Graph(nn.Module):
             self.register_buffer(f"resize{axis}", _resizing(size, MASK_SIZE[axis]))
             self.register_buffer(f"smooth{axis}", _smoothing(MASK_SIZE[axis], scorer.smooth))
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, image: Tensor, image_threshold: Tensor, pixel_threshold: Tensor, roi: Tensor
+    ) -> tuple[Tensor, ...]:
         templates = tuple(getattr(self, f"template{i}") for i in range(self.model.config.num_level))
         scorer = replace(self._scorer, templates=templates)
         maps, typical = scorer.differences(latents_of(self.model, image))
         sharp = _along_both(maps, self.resize0, self.resize1)
-        scores = sharp if typical is None else _along_both(typical, self.resize0, self.resize1)
-        return _along_both(sharp, self.smooth0, self.smooth1), scores.amax((1, 2))
+        typical = sharp if typical is None else _along_both(typical, self.resize0, self.resize1)
+        maps, scores = _along_both(sharp, self.smooth0, self.smooth1), highest(typical, roi)
+        return maps, scores, scores >= image_threshold, (maps >= pixel_threshold) & roi
 
 
 def _along_both(maps: Tensor, down: Tensor | None, across: Tensor | None) -> Tensor:
@@ -188,7 +283,8 @@ class OnnxScorer:
         InputError: onnxruntime is missing, or the file is not what `export_onnx` wrote.
     """
 
-    def __init__(self, path: Path, device: torch.device | str = "cpu"):
+    def __init__(self, path: Path | str, device: torch.device | str = "cpu"):
+        path = Path(path)
         try:
             import onnxruntime
         except ImportError:
@@ -211,14 +307,25 @@ class OnnxScorer:
             problem = "is not a model that export.py wrote, or it is damaged; export it again"
             raise InputError(f"{path} {problem}") from None
 
-    def score(self, images: Tensor) -> Scored:
+    def inspect(
+        self, images: Picture | Sequence[Picture], thresholds: Thresholds | None = None,
+        min_area: int = 1, roi: Picture | None = None, batch_size: int = 4,
+    ) -> Inspection | list[Inspection]:  # fmt: skip
+        """`scorer.inspect`: the verdict on an image of any size, or a list of them."""
+        return inspect(self, images, thresholds, min_area, roi, batch_size)
+
+    def score(self, images: Tensor, roi: Tensor | None = None) -> Scored:
         """Anomaly maps (B,256,256) and scores (B,) of images uint8 (B,h,w,3).
+
+        Args:
+            roi: bool (256,256), where scores are taken; None: everywhere.
 
         Raises:
             InputError: onnxruntime cannot run the model.
         """
         try:
-            maps, scores = self._session.run(["anomaly_map", "score"], {"image": images.numpy()})
+            given = {"image": images.numpy()} | ({} if roi is None else {"roi": roi.numpy()})
+            maps, scores = self._session.run(["anomaly_map", "score"], given)
         except Exception as error:  # of its own kinds, such as too little memory
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
@@ -241,7 +348,10 @@ def _read_size(given: list[int], session) -> tuple[int, int]:
     if any(type(n) is not int or not 1 <= n <= LARGEST for n in given):
         raise ValueError("image size")
     (image,) = session.get_inputs()
-    if image.type != "tensor(uint8)" or image.shape[1:] != [height, width, 3]:
+    if image.type != "tensor(uint8)" or image.shape[1:] not in (
+        [height, width, 3],
+        [*ANY_SIZE, 3],
+    ):
         raise ValueError("input")
     return height, width
 

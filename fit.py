@@ -14,7 +14,7 @@ import shlex
 from pathlib import Path
 
 from dataset import IMAGE_SUFFIXES, Images, list_images
-from scorer import ScoreOptions, Scorer, add_score_flags, check_score_flags
+from scorer import ScoreOptions, Scorer, add_score_flags, check_score_flags, find_checkpoint
 from util import (
     InputError,
     Parser,
@@ -33,7 +33,7 @@ def main() -> None:
     if args.out.exists():
         raise InputError(f"--out {args.out} exists; choose a new file")
     check_writable(args.out.parent, "--out")
-    stored = Scorer.load(args.checkpoint, device, args.precision)
+    stored = Scorer.load(find_checkpoint(args.checkpoint), device, args.precision)
     options = stored.options if args.score is None else ScoreOptions.from_flags(args)
     paths = find_good_images(args.good)
     images = Images(paths, stored.image_size, "auto", device, args.numWorkers, "good images")
@@ -46,7 +46,9 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a .pt file that train.py or fit.py wrote")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a .pt file of train.py or fit.py, or a run's folder"
+    )
     parser.add_argument("good", type=Path, help="folder of good images, itself and not its subfolders")
     parser.add_argument("--out", type=Path, required=True, metavar="NEW.pt", help="file to write, new")
     add_score_flags(parser.add_argument_group("score", "the checkpoint's own, or with --score another"))

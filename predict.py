@@ -1,12 +1,14 @@
-"""Score images with a trained model: scores.csv, and for each image a heat map, the raw map and a mask.
+"""Score images with a trained model: tables of scores and defects, heat maps, raw maps and masks.
 
     python predict.py saveDir/tile-.../last.pt image.png --out results
-    python predict.py saveDir/tile-.../last.pt folder_of_images --out results --threshold f1
+    python predict.py saveDir/tile-... folder_of_images --out results --threshold f1 --minArea 20
     python predict.py tile.onnx folder_of_images --out results        # exported by export.py
+    python predict.py saveDir/tile-... folder_of_images --out results --resume   # after it was stopped
     python predict.py saveDir/tile-.../last.pt --template template.png
 
-Written to --out, a new folder: overlays/*.png; maps/*.tiff, float32 at the image's own size, as MVTec's
-evaluator reads them; masks/*.png; and when all is done scores.csv (path, score, decision, threshold, map).
+Written to --out, a new folder: overlays/*.png; masks/*.png; maps/*.tiff, float32 at the image's own size, as
+MVTec's evaluator reads them; predict.json, what was asked for; and when all is done scores.csv, a row for each
+image, and defects.csv, a row for each region of a mask, its box without x1 and y1 themselves.
 Images may have any size and mode; those that cannot be read are listed at the end, and the exit code is 1.
 """
 
@@ -14,41 +16,73 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import itertools
+import json
+import os
+import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from dataset import IMAGE_SUFFIXES, list_images, look_ahead, read_image
 from export import OnnxScorer
-from figures import file_name, overlay, to_picture
-from scorer import IMAGE_QUANTILE, PIXEL_QUANTILE, Scorer, Thresholds, choose_thresholds
+from figures import file_name, overlay, to_picture, write_png, write_tiff
+from scorer import (
+    Inspection,
+    Scorer,
+    Thresholds,
+    add_threshold_flags,
+    choose_thresholds,
+    find_checkpoint,
+    judge,
+    read_roi,
+    resize_image,
+    score_arrays,
+)
 from util import (
     InputError,
+    Interrupted,
     Parser,
+    StopSignals,
     add_running_flags,
     atomic_path,
     choose_device,
-    fraction,
     keep_freed_memory,
+    lock,
     progress,
     run_script,
     whole_number,
+    write_json,
 )
 
-COLUMNS = ("path", "score", "decision", "threshold", "map")
+SCORE_COLUMNS = (
+    "path",
+    "score",
+    "decision",
+    "threshold",
+    "pixel_threshold",
+    "margin",
+    "peak_x",
+    "peak_y",
+    "map",
+)
+DEFECT_COLUMNS = ("image", "number", "x0", "y0", "x1", "y1", "area", "peak_score", "mean_score")
+KINDS = {"overlays": ".png", "masks": ".png", "maps": ".tiff"}
+MARKER = "predict.json"  # in a folder of results: what they are results of, and whether all are there
+ROWS = "rows.jsonl"  # beside it, the rows of the images that are done, until all are
 
 
 def main() -> None:
     args = parse_arguments()
     keep_freed_memory()
+    args.model = find_checkpoint(args.model)
     scorer = load_scorer(args)
     if args.template:
         save_template(scorer, args.template)
@@ -56,9 +90,14 @@ def main() -> None:
         return
     quantiles = (args.pixelQuantile, args.imageQuantile)
     thresholds = choose_thresholds(args.threshold, scorer.metrics, scorer.calibration, quantiles)
-    items = find_images(args.images)
-    make_new_folder(args.out)
-    unreadable = predict(scorer, items, args, thresholds)
+    roi = None if args.roi is None else read_roi(args.roi)
+    number, count = args.shard
+    items = find_images(args.images)[number - 1 :: count]
+    results = Results(args.out, describe(args, items), args.resume)
+    if results.finished:
+        print(f"{args.out} is finished: {len(items)} images")
+        return
+    unreadable = predict(scorer, items, args, thresholds, roi, results)
     for line in unreadable:
         print(line, file=sys.stderr)
     if unreadable:
@@ -69,16 +108,21 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     # fmt: off
-    add("model", type=Path, help="a .pt file of train.py or fit.py, or an .onnx file of export.py")
+    add("model", type=Path,
+        help="a .pt file of train.py or fit.py, a run's folder, or an .onnx file of export.py")
     add("images", type=Path, nargs="*", help="images, and folders that are searched for them")
     add("--out", type=Path, default=Path("predictions"), help="new folder")
-    add("--threshold", default="quantile",
-        help="quantile: of the scores of good images; f1: where F1 is best on the test images; or a number")
-    add("--pixelQuantile", type=fraction, default=PIXEL_QUANTILE,
-        help="share of good pixels that stay below --threshold quantile")
-    add("--imageQuantile", type=fraction, default=IMAGE_QUANTILE,
-        help="share of good images that stay below --threshold quantile")
+    add("--resume", action="store_true", help="continue the same command's --out where it was stopped")
+    add("--write", type=kinds, default=tuple(KINDS), metavar="KINDS",
+        help=f"some of {','.join(KINDS)}, with commas, or none")
+    add_threshold_flags(parser)
+    add("--minArea", type=whole_number(1), default=1, metavar="PIXELS",
+        help="smaller regions are left out of masks and defects.csv")
+    add("--roi", type=Path, metavar="MASK.png",
+        help="white where the part is, of any size; what lies outside does not count")
     add("--batchSize", type=whole_number(1), default=4, help="images at once")
+    add("--shard", type=shard, default="1/1", metavar="I/N",
+        help="the I-th of N parts of the images, for several processes")
     add("--template", type=Path, metavar="FILE.png",
         help="write the image template (encoder none), the first one of a bank")
     # fmt: on
@@ -87,6 +131,22 @@ def parse_arguments() -> argparse.Namespace:
     if not args.images and not args.template:
         parser.error("give images or folders, or --template FILE.png")
     return args
+
+
+def kinds(text: str) -> tuple[str, ...]:
+    """An argparse type: names of `KINDS` with commas between them, or none."""
+    names = () if text == "none" else tuple(text.split(","))
+    if unknown := set(names) - set(KINDS):
+        raise argparse.ArgumentTypeError(f"{min(unknown)!r} is not one of {', '.join(KINDS)}, none")
+    return names
+
+
+def shard(text: str) -> tuple[int, int]:
+    """An argparse type: "2/4" -> (2, 4)."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part such as 1/4, 2/4, 3/4 or 4/4")
+    return int(number), int(count)
 
 
 # -------------------------------------------------------------------------------------- model
@@ -172,22 +232,36 @@ def find_images(given: list[Path]) -> list[Item]:
 
 
 def _images_below(root: Path) -> list[Path]:
-    folders = [root, *(path for path in sorted(root.rglob("*")) if path.is_dir())]
-    visible = [f for f in folders if not any(part[0] == "." for part in f.relative_to(root).parts)]
-    found = [image for folder in visible for image in list_images(folder)]
-    if not found:
-        raise InputError(f"no images in {root}; it may hold {', '.join(sorted(IMAGE_SUFFIXES))}")
-    return found
+    found = [image for folder in _folders_below(root) for image in list_images(folder)]
+    if found:
+        return found
+    if (root / MARKER).is_file():
+        raise InputError(f"{root} holds results of predict.py; choose a folder of images")
+    raise InputError(f"no images in {root}; it may hold {', '.join(sorted(IMAGE_SUFFIXES))}")
 
 
-def _free_name(relative: Path, taken: set[Path]) -> Path:
+def _folders_below(root: Path) -> Iterator[Path]:
+    """The folder and all below that are visible: each once, also where links lead to it; no results of ours."""
+    seen = set()
+    for name, inside, _ in os.walk(root, followlinks=True):
+        folder, real = Path(name), os.path.realpath(name)
+        if real in seen or (folder / MARKER).is_file():
+            inside.clear()
+            continue
+        seen.add(real)
+        visible = (n for n in inside if not n.startswith("."))
+        inside[:] = sorted(visible, key=lambda n, folder=folder: ((folder / n).is_symlink(), n))
+        yield folder
+
+
+def _free_name(relative: Path, taken: set[str]) -> Path:
     """A name without suffix that is not taken, and that any file system takes; from now on it is taken."""
     folder = Path(*map(file_name, relative.parent.parts))
     other = (f"{relative.stem}-{n}" for n in itertools.count(2))
     for name in itertools.chain((relative.stem, relative.name.replace(".", "_")), other):
         path = folder / file_name(name)
-        if path not in taken:
-            taken.add(path)
+        if (key := str(path).casefold()) not in taken:  # Windows and macOS do not tell a.png from A.png
+            taken.add(key)
             return path
     raise AssertionError  # the numbers do not end
 
@@ -197,33 +271,158 @@ def load(item: Item, size: tuple[int, int]) -> Loaded:
         original = read_image(item.path)
     except InputError as error:
         return Loaded(item, error=str(error))
-    resized = Image.fromarray(original).resize(size[::-1], Image.Resampling.BILINEAR)
-    return Loaded(item, original, np.asarray(resized))
+    return Loaded(item, original, resize_image(original, size))
+
+
+# ----------------------------------------------------------------------------- what is there
+
+
+def describe(args: argparse.Namespace, items: list[Item]) -> dict:
+    """All that the results depend on, in plain values, by the names of the flags."""
+    names = "".join(f"{item.path.absolute()}\n{item.name}\n" for item in items)
+    roi = None if args.roi is None else hashlib.sha256(args.roi.read_bytes()).hexdigest()
+    flags = ("threshold", "pixelQuantile", "imageQuantile", "minArea", "precision")
+    return {
+        "model": hashlib.sha256(args.model.read_bytes()).hexdigest(),
+        "images": f"{len(items)}, {hashlib.sha256(os.fsencode(names)).hexdigest()}",
+        "roi": roi,
+        "write": list(args.write),
+        "shard": list(args.shard),
+        **{name: getattr(args, name) for name in flags},
+    }
+
+
+class Results:
+    """The folder --out: new, or with the rows of images that a command had done when it was stopped.
+
+    Args:
+        command: of `describe`; what is continued must be of the same.
+
+    Attributes:
+        finished: nothing is left to do.
+        done: names of the images that are.
+
+    Raises:
+        InputError: it cannot be made, holds something already, or nothing that can be continued.
+    """
+
+    def __init__(self, out: Path, command: dict, resume: bool):
+        self.out, self.finished, self.done = out, False, set()
+        self._command = command
+        try:
+            if resume:
+                self._continue()
+            else:
+                self._begin()
+            if not self.finished:
+                self._file = open(out / ROWS, "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise InputError(f"cannot write to --out {out} ({error.strerror}); choose another") from None
+        if not self.finished and not lock(self._file):
+            raise InputError(f"another process is writing to {out}; wait for it, or stop it")
+
+    def _begin(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        if any(self.out.iterdir()):
+            hint = ", or add --resume" if (self.out / MARKER).is_file() else ""
+            raise InputError(f"--out {self.out} is not empty; choose a new folder{hint}")
+        self._mark(finished=False)
+
+    def _continue(self) -> None:
+        try:
+            there = json.loads((self.out / MARKER).read_text(encoding="utf-8"))
+            command, self.finished = there["command"], there["finished"]
+            different = [key for key in self._command if command[key] != self._command[key]]
+            if not different and not self.finished:
+                self.done = _read_done(self.out / ROWS)
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(
+                f"--resume: --out {self.out} holds nothing to continue; leave --resume out"
+            ) from None
+        if different:
+            raise InputError(
+                f"--resume: --out {self.out} is of another command ({', '.join(different)} changed); "
+                "repeat the command, or choose a new folder"
+            )
+
+    def _mark(self, finished: bool) -> None:
+        write_json(self.out / MARKER, {"finished": finished, "command": self._command})
+
+    def add(self, name: str, score: dict, defects: list[dict]) -> None:
+        """Of an image whose files are written."""
+        self._file.write(json.dumps({"name": name, "score": score, "defects": defects}) + "\n")
+        self._file.flush()
+        self.done.add(name)
+
+    def finish(self, items: list[Item]) -> int:
+        """Write the tables, in the order of the items; the number of defective images."""
+        self._file.seek(0)
+        rows = {row["name"]: row for row in map(json.loads, self._file)}
+        rows = [rows[name] for item in items if (name := item.name.as_posix()) in rows]
+        _write_table(self.out / "scores.csv", SCORE_COLUMNS, [row["score"] for row in rows])
+        _write_table(
+            self.out / "defects.csv", DEFECT_COLUMNS, [d for row in rows for d in row["defects"]]
+        )
+        self._mark(finished=True)
+        self._file.close()
+        (self.out / ROWS).unlink()
+        return sum(row["score"]["decision"] == "defective" for row in rows)
+
+
+def _read_done(path: Path) -> set[str]:
+    """Names of the images in a file of rows, from which a line that was not written to its end is cut."""
+    if not path.is_file():
+        return set()
+    whole, end, begun = path.read_bytes().rpartition(b"\n")
+    if begun:
+        path.write_bytes(whole + end)
+    return {json.loads(line)["name"] for line in whole.splitlines()}
+
+
+def _write_table(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
+    with (
+        atomic_path(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 # ------------------------------------------------------------------------------------ writing
 
 
 def predict(
-    scorer: Scorer | OnnxScorer, items: list[Item], args: argparse.Namespace, thresholds: Thresholds
+    scorer: Scorer | OnnxScorer,
+    items: list[Item],
+    args: argparse.Namespace,
+    thresholds: Thresholds,
+    roi: np.ndarray | None,
+    results: Results,
 ) -> list[str]:
-    """Score and write everything, a few images at a time; the errors of those that cannot be read."""
-    unreadable, defective, start = [], 0, time.perf_counter()
-    writer = Writer(args.out, thresholds, scorer)
-    with (
-        atomic_path(args.out / "scores.csv") as temporary,
-        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        table = csv.DictWriter(file, COLUMNS)
-        table.writeheader()
-        for batch in scored(scorer, items, args, unreadable):
-            rows = [writer.row(image, score) for image, _, score in batch]
-            table.writerows(rows)
-            defective += sum(row["decision"] == "defective" for row in rows)
-            writer.start(batch)
-        writer.wait()
-    count = len(items) - len(unreadable)
-    rate = count / (time.perf_counter() - start)
+    """Score and write everything, a few images at a time; the errors of those that cannot be read.
+
+    Raises:
+        Interrupted: the user stopped it.
+    """
+    left = [item for item in items if item.name.as_posix() not in results.done]
+    unreadable, start = [], time.perf_counter()
+    writer = Writer(args, thresholds, scorer, roi, results.add)
+    with StopSignals() as signals:
+        try:
+            for batch in scored(scorer, left, args, roi, unreadable):
+                signals.check()
+                writer.start(batch)
+            writer.wait()
+            signals.check()
+        except KeyboardInterrupt:
+            flag = "" if args.resume else " --resume"
+            raise Interrupted(
+                f"stopped, {len(results.done)} of {len(items)} images are done; to continue: python "
+                f"{shlex.join(sys.argv)}{flag}"
+            ) from None
+    rate = (len(left) - len(unreadable)) / (time.perf_counter() - start)
+    defective, count = results.finish(items), len(items) - len(unreadable)
     print(
         f"{count} images, {defective} defective, {rate:.1f} images/s, written to {args.out}"
         + (f"; {len(unreadable)} cannot be read:" if unreadable else "")
@@ -232,7 +431,11 @@ def predict(
 
 
 def scored(
-    scorer: Scorer | OnnxScorer, items: list[Item], args: argparse.Namespace, unreadable: list[str]
+    scorer: Scorer | OnnxScorer,
+    items: list[Item],
+    args: argparse.Namespace,
+    roi: np.ndarray | None,
+    unreadable: list[str],
 ) -> Iterator[list[tuple[Loaded, np.ndarray, float]]]:
     """Batches of images with their maps and scores; images are read ahead, as few as keep the scorer busy.
 
@@ -245,78 +448,90 @@ def scored(
     ahead = look_ahead(
         lambda item: load(item, scorer.image_size), items, 2 * args.batchSize, args.numWorkers
     )
-    bar = iter(progress(ahead, "images", len(items)))
+    bar = iter(progress(ahead, "images", len(items), unit=" images"))
     while loaded := list(itertools.islice(bar, args.batchSize)):
         unreadable += [image.error for image in loaded if image.error]
         loaded = [image for image in loaded if not image.error]
         if loaded:
-            images = torch.from_numpy(np.stack([image.resized for image in loaded]))
-            maps, scores = (x.cpu().numpy() for x in scorer.score(images))
-            for image, anomaly, score in zip(loaded, maps, scores, strict=True):
-                if not (np.isfinite(anomaly).all() and np.isfinite(score)):
-                    raise InputError(f"{image.item.path}: no finite score; use another model")
-            yield list(zip(loaded, maps, scores.tolist(), strict=True))
+            names = [image.item.path for image in loaded]
+            pairs = score_arrays(scorer, [image.resized for image in loaded], names, roi)
+            yield [(image, *pair) for image, pair in zip(loaded, pairs, strict=True)]
 
 
 class Writer:
-    """Writes what belongs to one image into the folders of --out."""
+    """Judges images, and writes what belongs to each into the folders of --out.
 
-    def __init__(self, out: Path, thresholds: Thresholds, scorer: Scorer | OnnxScorer):
-        self._out, self._thresholds = out, thresholds
+    Args:
+        add: called with an image's name and its rows when its files are written.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        thresholds: Thresholds,
+        scorer: Scorer | OnnxScorer,
+        roi: np.ndarray | None,
+        add: Callable[[str, dict, list[dict]], None],
+    ):
+        self._out, self._write, self._thresholds = args.out, args.write, thresholds
+        self._min_area, self._roi, self._add = args.minArea, roi, add
         self._pool, self._writing = ThreadPoolExecutor(), []
         self._scale = (0.0, 2 * abs(thresholds.pixel) + 1e-12)
         if scorer.calibration:
             self._scale = scorer.calibration.color_scale()
 
-    def row(self, image: Loaded, score: float) -> dict:
-        """Of scores.csv."""
-        threshold = self._thresholds.image
-        decision = "defective" if score >= threshold else "good"
-        name = _place("maps", image.item.name, ".tiff").as_posix()
-        values = (image.item.path, f"{score:.6g}", decision, f"{threshold:.6g}", name)
-        return dict(zip(COLUMNS, values, strict=True))
-
     def start(self, batch: list[tuple[Loaded, np.ndarray, float]]) -> None:
         """Write in the background, after the batch before: the next one can be scored meanwhile."""
         self.wait()
-        self._writing = [self._pool.submit(self.write, image, anomaly) for image, anomaly, _ in batch]
+        self._writing = [self._pool.submit(self.write, *one) for one in batch]
 
     def wait(self) -> None:
         """Until all is written; raises what writing raised."""
-        for one in self._writing:
-            one.result()
+        while self._writing:
+            self._add(*self._writing[0].result())
+            del self._writing[0]
 
-    def write(self, image: Loaded, anomaly: np.ndarray) -> None:
-        """The map at the image's size: as numbers, as colors over the image, and cut at the threshold."""
-        original, name = image.original, image.item.name
-        full = Image.fromarray(anomaly).resize(original.shape[1::-1], Image.Resampling.BILINEAR)
-        values = np.asarray(full)
-        shown = Image.fromarray(overlay(original, values, self._scale))
-        mask = Image.fromarray(np.uint8(255) * (values >= self._thresholds.pixel))
-        self._save(full, _place("maps", name, ".tiff"), format="tiff")
-        self._save(shown, _place("overlays", name, ".png"), format="png", compress_level=1)
-        self._save(mask, _place("masks", name, ".png"), format="png", compress_level=1)
+    def write(self, image: Loaded, anomaly: np.ndarray, score: float) -> tuple[str, dict, list[dict]]:
+        """What was asked for, at the image's size; its name and rows of the tables."""
+        size, name = image.original.shape[:2], image.item.name
+        verdict = judge(anomaly, score, size, self._thresholds, self._min_area, self._roi)
+        if "overlays" in self._write:
+            shown = overlay(image.original, verdict.map, self._scale)
+            self._save("overlays", name, lambda path: write_png(path, shown))
+        if "masks" in self._write:
+            mask = Image.fromarray(np.uint8(255) * verdict.mask)
+            self._save("masks", name, lambda path: mask.save(path, format="png", compress_level=1))
+        if "maps" in self._write:
+            self._save("maps", name, lambda path: write_tiff(path, verdict.map))
+        return name.as_posix(), self._score_row(image, verdict), _defect_rows(image, verdict)
 
-    def _save(self, picture: Image.Image, place: Path, **options) -> None:
-        path = self._out / place
+    def _save(self, kind: str, name: Path, save: Callable[[Path], None]) -> None:
+        path = self._out / _place(kind, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            picture.save(temporary, **options)
+            save(temporary)
+
+    def _score_row(self, image: Loaded, verdict: Inspection) -> dict:
+        thresholds, margin = self._thresholds, verdict.score - self._thresholds.image
+        values = (
+            str(image.item.path), f"{verdict.score:.6g}", "defective" if verdict.defective else "good",
+            f"{thresholds.image:.6g}", f"{thresholds.pixel:.6g}", f"{margin:.6g}", *verdict.peak,
+            _place("maps", image.item.name).as_posix() if "maps" in self._write else "",
+        )  # fmt: skip
+        return dict(zip(SCORE_COLUMNS, values, strict=True))
 
 
-def _place(folder: str, name: Path, suffix: str) -> Path:
+def _defect_rows(image: Loaded, verdict: Inspection) -> list[dict]:
+    rows = (
+        (str(image.item.path), i, *defect.box, defect.area, f"{defect.peak:.6g}", f"{defect.mean:.6g}")
+        for i, defect in enumerate(verdict.defects, 1)
+    )
+    return [dict(zip(DEFECT_COLUMNS, row, strict=True)) for row in rows]
+
+
+def _place(kind: str, name: Path) -> Path:
     """Where a file of an image lies in --out."""
-    return folder / name.with_name(name.name + suffix)
-
-
-def make_new_folder(out: Path) -> None:
-    """Raises InputError if it cannot be made, or holds something already."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            raise InputError(f"--out {out} is not empty; choose a new folder")
-    except OSError as error:
-        raise InputError(f"cannot write to --out {out} ({error.strerror}); choose another") from None
+    return kind / name.with_name(name.name + KINDS[kind])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ bank: the mean and several good images as templates, differences divided by thei
 from __future__ import annotations
 
 import argparse
+import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,11 +22,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import Tensor
 
 import kernels
 from autoFlow import Tensors
-from dataset import MASK_SIZE, AnomalyClass, Images, evaluation_order, load_masks, normalize
+from dataset import MASK_SIZE, AnomalyClass, Images, evaluation_order, load_masks, normalize, read_image
 from metrics import GroundTruth, sorted_scores
 from model import PyramidFlow, PyramidFlowConfig, compare, coupling_schedule
 from util import (
@@ -34,6 +36,7 @@ from util import (
     apply_precision,
     boolean,
     choose_precision,
+    fraction,
     free_memory,
     gather,
     load_tensors,
@@ -168,22 +171,39 @@ class Scorer:
         return fit_all(model, images, [options or ScoreOptions()], template, class_name, settings)[0]
 
     @torch.no_grad()
-    def score(self, images: Tensor) -> Scored:
-        """Anomaly maps (B,256,256) and scores (B,) of images uint8 (B,h,w,3) of the model's size."""
-        return self.score_latents(latents_of(self.model, images.to(self.device)))
+    def score(self, images: Tensor, roi: Tensor | None = None) -> Scored:
+        """Anomaly maps (B,256,256) and scores (B,) of images uint8 (B,h,w,3) of the model's size.
+
+        Args:
+            roi: bool (256,256), where scores are taken; maps are whole.  None: everywhere.
+        """
+        latents = latents_of(self.model, images.to(self.device))
+        return self.score_latents(latents, roi=None if roi is None else roi.to(self.device))
+
+    def inspect(
+        self, images: Picture | Sequence[Picture], thresholds: Thresholds | None = None,
+        min_area: int = 1, roi: Picture | None = None, batch_size: int = 4,
+    ) -> Inspection | list[Inspection]:  # fmt: skip
+        """`scorer.inspect`: the verdict on an image of any size, or a list of them."""
+        return inspect(self, images, thresholds, min_area, roi, batch_size)
 
     def score_latents(
-        self, latents: Tensors, left_out: Tensor | None = None, mean_factor: float = 1.0
+        self,
+        latents: Tensors,
+        left_out: Tensor | None = None,
+        mean_factor: float = 1.0,
+        roi: Tensor | None = None,
     ) -> Scored:
         """Anomaly maps and scores of a latent pyramid (Sec. 3.4).
 
         Args:
+            roi: as in `score`.
             left_out: (B,) the template that each image is not compared with; -1: none.
             mean_factor: by which differences to the first template, the mean, are multiplied.
         """
         maps, typical = self.differences(latents, left_out, mean_factor)
         maps = at_mask_size(maps)
-        scores = (maps if typical is None else at_mask_size(typical)).amax((1, 2))
+        scores = highest(maps if typical is None else at_mask_size(typical), roi)
         return Scored(gaussian(maps, self.smooth) if self.smooth else maps, scores)
 
     def differences(
@@ -387,6 +407,11 @@ def at_mask_size(maps: Tensor) -> Tensor:
     if maps.shape[-2:] == MASK_SIZE:
         return maps
     return F.interpolate(maps[:, None], MASK_SIZE, mode="bilinear", antialias=True)[:, 0]
+
+
+def highest(maps: Tensor, roi: Tensor | None = None) -> Tensor:
+    """(B,) of maps (B,H,W), inside of `roi`, bool (H,W)."""
+    return (maps if roi is None else maps.where(roi, -torch.inf)).amax((1, 2))
 
 
 def gaussian(maps: Tensor, deviation: float) -> Tensor:
@@ -706,6 +731,22 @@ def choose_thresholds(
     return Thresholds(value, value)
 
 
+def add_threshold_flags(parser: argparse._ActionsContainer) -> None:
+    """The flags of `choose_thresholds`."""
+    parser.add_argument(
+        "--threshold", default="quantile",
+        help="quantile: of the scores of good images; f1: where F1 is best on the test images; or a number",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pixelQuantile", type=fraction, default=PIXEL_QUANTILE,
+        help="share of good pixels that stay below --threshold quantile",
+    )  # fmt: skip
+    parser.add_argument(
+        "--imageQuantile", type=fraction, default=IMAGE_QUANTILE,
+        help="share of good images that stay below --threshold quantile",
+    )  # fmt: skip
+
+
 @dataclass
 class TestSet:
     """The test images of a class.
@@ -731,7 +772,211 @@ class TestSet:
         return cls(data, images, truth)
 
 
+# ---------------------------------------------------------------------------------- inspecting
+
+
+Picture = np.ndarray | str | Path  # uint8 (h,w), (h,w,3) or (h,w,4), or a file
+
+
+@dataclass(frozen=True)
+class Defect:
+    """A region of a mask, connected along sides and corners.
+
+    Attributes:
+        box: (x0,y0,x1,y1), the smallest around it; x1 and y1 lie outside.
+        area: pixels.
+        peak, mean: highest and mean score of its pixels.
+    """
+
+    box: tuple[int, int, int, int]
+    area: int
+    peak: float
+    mean: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The verdict on one image.
+
+    Attributes:
+        score: of the image.
+        defective: whether that reaches the image threshold.
+        map: float32 (h,w), scores of pixels at the image's own size.
+        mask: bool (h,w), the pixels that reach the pixel threshold.
+        defects: the mask's regions, from the top.
+        peak: (x,y) of the highest score.
+    """
+
+    score: float
+    defective: bool
+    map: np.ndarray
+    mask: np.ndarray
+    defects: list[Defect]
+    peak: tuple[int, int]
+
+
+def inspect(
+    scorer, images: Picture | Sequence[Picture], thresholds: Thresholds | None = None, min_area: int = 1,
+    roi: Picture | None = None, batch_size: int = 4,
+) -> Inspection | list[Inspection]:  # fmt: skip
+    """The verdict on an image, or a list of verdicts on a list of images.
+
+    Args:
+        scorer: a `Scorer` or an `export.OnnxScorer`.
+        images: of any size.
+        thresholds: None: those of `choose_thresholds("quantile")`.
+        min_area: regions of fewer pixels are no defects.
+        roi: white where the part is; what lies outside does not count.
+        batch_size: images that are scored together.
+
+    Raises:
+        InputError: no image, an image that cannot be read, or there are no thresholds.
+    """
+    if not isinstance(images, (list, tuple)):
+        return inspect(scorer, [images], thresholds, min_area, roi)[0]
+    if thresholds is None:
+        quantiles = PIXEL_QUANTILE, IMAGE_QUANTILE
+        thresholds = choose_thresholds("quantile", scorer.metrics, scorer.calibration, quantiles)
+    roi, results = None if roi is None else read_roi(roi), []
+    for start in range(0, len(images), batch_size):
+        originals = [to_rgb(image) for image in images[start : start + batch_size]]
+        names = [f"image {start + i}" for i in range(len(originals))]
+        resized = [resize_image(image, scorer.image_size) for image in originals]
+        for image, (anomaly, score) in zip(
+            originals, score_arrays(scorer, resized, names, roi), strict=True
+        ):
+            results.append(judge(anomaly, score, image.shape[:2], thresholds, min_area, roi))
+    return results
+
+
+def to_rgb(image: Picture) -> np.ndarray:
+    """uint8 (h,w,3) of an array or a file; raises InputError if it is no image."""
+    if isinstance(image, (str, Path)):
+        return read_image(Path(image))
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)):
+        raise InputError(
+            f"an image of {array.dtype} {array.shape}; give uint8 (h,w), (h,w,3) or (h,w,4), or a list"
+        )
+    if not array.size:
+        raise InputError(f"an image of no pixels, {array.shape}; give another")
+    return np.asarray(Image.fromarray(array).convert("RGB"))
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (h,w,3) -> (*size,3), as training images are resized."""
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def score_arrays(
+    scorer, images: Sequence[np.ndarray], names: Sequence, roi: np.ndarray | None
+) -> list[tuple[np.ndarray, float]]:
+    """(map (256,256), score) of each image, uint8 (h,w,3) of the model's size.
+
+    Args:
+        names: of the images, for messages.
+        roi: bool of any size.
+
+    Raises:
+        InputError: a score is not finite.
+    """
+    inside = None if roi is None else torch.from_numpy(resize_roi(roi, MASK_SIZE))
+    maps, scores = (x.cpu().numpy() for x in scorer.score(torch.from_numpy(np.stack(images)), inside))
+    for name, anomaly, score in zip(names, maps, scores, strict=True):
+        if not (np.isfinite(anomaly).all() and np.isfinite(score)):
+            raise InputError(f"{name}: no finite score; use another model")
+    return list(zip(maps, scores.tolist(), strict=True))
+
+
+def judge(
+    anomaly: np.ndarray, score: float, size: tuple[int, int], thresholds: Thresholds, min_area: int = 1,
+    roi: np.ndarray | None = None,
+) -> Inspection:  # fmt: skip
+    """The verdict on an image of size (h, w), of its map (256,256) and score.
+
+    Args:
+        roi: bool of any size; outside, the map gets its lowest score.
+    """
+    values = np.asarray(Image.fromarray(anomaly).resize(size[::-1], Image.Resampling.BILINEAR))
+    mask = values >= np.float32(thresholds.pixel)
+    peak = values.argmax()
+    if roi is not None:
+        inside = resize_roi(roi, size)
+        values, mask = np.where(inside, values, values.min()), mask & inside
+        peak = np.where(inside, values, -np.inf).argmax()
+    mask, defects = find_defects(mask, values, min_area)
+    y, x = map(int, np.unravel_index(peak, size))
+    return Inspection(score, score >= thresholds.image, values, mask, defects, (x, y))
+
+
+def find_defects(
+    mask: np.ndarray, values: np.ndarray, min_area: int = 1
+) -> tuple[np.ndarray, list[Defect]]:
+    """The mask (h,w) without regions of less than `min_area` pixels, and the others; values: scores (h,w)."""
+    from skimage.measure import label, regionprops_table  # takes a moment that other commands save
+
+    if not mask.any():
+        return mask, []
+    labels = label(mask, connectivity=2)
+    if min_area > 1:
+        large = np.bincount(labels.ravel()) >= min_area
+        large[0] = False
+        labels = (np.cumsum(large) * large)[labels]
+        mask = labels > 0
+    properties = ("bbox", "area", "intensity_max", "intensity_mean")
+    columns = regionprops_table(labels, values, properties).values()
+    return mask, [
+        Defect((int(x0), int(y0), int(x1), int(y1)), int(area), float(peak), float(mean))
+        for y0, x0, y1, x1, area, peak, mean in zip(*columns, strict=True)
+    ]
+
+
+def read_roi(roi: Picture) -> np.ndarray:
+    """bool (h,w) of a file or array: true where it is brighter than half of its brightest.
+
+    Raises:
+        InputError: not readable, or all black.
+    """
+    if isinstance(roi, np.ndarray) and roi.dtype == bool:
+        roi = roi.astype(np.uint8)
+    name = roi if isinstance(roi, (str, Path)) else "the mask of the part"
+    brightness = to_rgb(roi).max(2)
+    if not brightness.any():
+        raise InputError(f"{name} is all black; paint white what is to be inspected")
+    return brightness > brightness.max() / 2
+
+
+def resize_roi(roi: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """bool of any size -> `size`; what is not empty does not become empty."""
+    gray = Image.fromarray(roi.astype(np.float32))  # 8 bits would lose what is small
+    resized = np.asarray(gray.resize(size[::-1], Image.Resampling.BILINEAR))
+    return resized >= min(0.5, resized.max())
+
+
 # ---------------------------------------------------------------------------------- checkpoints
+
+
+def find_checkpoint(path: Path | str) -> Path:
+    """A file itself; of a run's folder, or the newest run in a folder or that fits a pattern, its last.pt.
+
+    Which one it is, is printed unless it was given.
+
+    Raises:
+        InputError: no run is there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        places = [path] if (path / LAST_FILE).is_file() else path.iterdir()
+    elif not path.exists() and glob.has_magic(str(path)):
+        places = map(Path, glob.glob(str(path)))
+    else:
+        return path
+    found = [place / LAST_FILE for place in places if (place / LAST_FILE).is_file()]
+    if not found:
+        raise InputError(f"{path} holds no run's {LAST_FILE}; choose a run's folder, or a checkpoint")
+    newest = max(found, key=lambda file: (file.stat().st_mtime_ns, file.parent.name))
+    print(f"checkpoint {newest}")
+    return newest
 
 
 def save_checkpoint(path: Path, content: dict) -> None:

@@ -2,17 +2,21 @@
 
 import csv
 import json
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import export
 import predict
 from export import METADATA_KEY, OnnxScorer, digest_entry, export_onnx
 from model import PyramidFlow, PyramidFlowConfig
-from scorer import LEVELS, Calibration, ScoreOptions, Scorer
+from scorer import LEVELS, Calibration, ScoreOptions, Scorer, Thresholds, resize_image
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -129,6 +133,137 @@ def test_export_and_predict_from_the_command_line(trained, tmp_path, run_main):
         for name in ("path", "threshold", "map"):
             assert a[name] == b[name]
         assert float(a["score"]) == pytest.approx(float(b["score"]), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------- verdicts
+
+
+def session_of(path):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options)
+
+
+@pytest.mark.parametrize("options", [None, ScoreOptions("bank", 3, True, 2.0)])
+def test_the_graph_decides(tmp_path, options):
+    scorer = make_scorer(options=options)
+    export_onnx(scorer, tmp_path / "a.onnx", Thresholds(1.0, 1.5))
+    session = session_of(tmp_path / "a.onnx")
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 64, 3), dtype=np.uint8)
+    maps, scores, defective, mask = session.run(None, {"image": images})
+    assert [x.name for x in session.get_outputs()] == ["anomaly_map", "score", "defective", "mask"]
+    assert (mask.dtype, mask.shape, defective.shape) == (bool, (3, 256, 256), (3,))
+    assert np.array_equal(mask, maps >= 1.0)
+    assert np.array_equal(defective, scores >= 1.5)
+    middle = np.sort(scores)[1]
+    given = {"image_threshold": np.float32([middle]), "pixel_threshold": np.float32([2.0])}
+    _, scores, defective, mask = session.run(None, {"image": images, **given})
+    assert defective.sum() == 2
+    assert np.array_equal(mask, maps >= 2.0)
+    roi = np.zeros((256, 256), bool)
+    roi[100:120, 30:60] = True
+    maps_of_roi, scores, _, mask = session.run(None, {"image": images, "roi": roi})
+    assert np.array_equal(maps_of_roi, maps)
+    assert np.array_equal(mask, (maps >= 1.0) & roi)
+    expected = scorer.score(torch.from_numpy(images), torch.from_numpy(roi)).scores
+    np.testing.assert_allclose(scores, expected, rtol=1e-4)
+
+
+def test_thresholds_are_readable_without_json(tmp_path):
+    scorer = make_scorer()
+    export_onnx(scorer, tmp_path / "a.onnx")
+    metadata = session_of(tmp_path / "a.onnx").get_modelmeta().custom_metadata_map
+    thresholds = scorer.calibration.thresholds()
+    assert float(metadata["image_threshold"]) == thresholds.image
+    assert float(metadata["pixel_threshold"]) == thresholds.pixel
+    assert (metadata["image_height"], metadata["image_width"]) == ("32", "64")
+    assert (metadata["any_image_size"], metadata["class"]) == ("false", "widget")
+
+
+@pytest.mark.parametrize(
+    "size", [(32, 64), (7, 5), (33, 31), (64, 128), (300, 301), (20, 900), (1000, 750)]
+)
+def test_the_graph_resizes_as_pil_does(tmp_path, size):
+    """Both are seen by a graph that does nothing else."""
+    helper, uint8 = onnx.helper, onnx.TensorProto.UINT8
+    given, result = (helper.make_tensor_value_info(n, uint8, ["b", 32, 64, 3]) for n in ("image", "y"))
+    graph = helper.make_graph([helper.make_node("Identity", ["image"], ["y"])], "g", [given], [result])
+    export._resize_first(graph, (32, 64))
+    opset = [helper.make_opsetid("", export.OPSET)]
+    (tmp_path / "a.onnx").write_bytes(
+        helper.make_model(graph, opset_imports=opset, ir_version=9).SerializeToString()
+    )
+    images = np.random.default_rng(0).integers(0, 256, (2, *size, 3), dtype=np.uint8)
+    (resized,) = session_of(tmp_path / "a.onnx").run(None, {"image": images})
+    expected = np.stack([resize_image(image, (32, 64)) for image in images])
+    assert np.abs(resized.astype(int) - expected).max() <= (size != (32, 64))
+
+
+def test_images_of_any_size(tmp_path):
+    scorer = make_scorer()
+    export_onnx(scorer, tmp_path / "a.onnx", any_image_size=True)
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    smooth = resize_image(resize_image(image, (5, 7)), (50, 70))
+    score = session_of(tmp_path / "a.onnx").run(["score"], {"image": smooth[None]})[0]
+    verdict, expected = OnnxScorer(tmp_path / "a.onnx").inspect(smooth), scorer.inspect(smooth)
+    assert verdict.score == pytest.approx(expected.score, rel=1e-4)
+    assert score[0] == pytest.approx(expected.score, rel=0.05)  # a step of 255 in some pixels
+    assert (verdict.map.shape, verdict.peak) == ((50, 70), expected.peak)
+    np.testing.assert_allclose(verdict.map, expected.map, rtol=1e-3)
+
+
+def test_flags_of_the_export(trained, tmp_path, run_main):
+    flags = ["--anyImageSize", "--threshold", "0.25"]
+    code, out, err = run_main(export.main, [trained.run, tmp_path / "a.onnx", *flags])
+    assert code == 0, err
+    assert str(trained.checkpoint) in out
+    metadata = session_of(tmp_path / "a.onnx").get_modelmeta().custom_metadata_map
+    assert (metadata["any_image_size"], metadata["image_threshold"]) == ("true", "0.25")
+    flags = ["--out", tmp_path / "out", "--gpu", "cpu", "--roi", tmp_path / "roi.png"]
+    Image.new("L", (5, 5), 255).save(tmp_path / "roi.png")
+    images = trained.data / "widget" / "test"
+    assert run_main(predict.main, [tmp_path / "a.onnx", images, *flags])[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--threshold", "high"], "use f1, quantile or a number"),
+        (["--imageQuantile", 2], "not a number from 0 to 1"),
+    ],
+)
+def test_bad_flags_of_the_export(trained, tmp_path, run_main, flags, message):
+    code, _, err = run_main(export.main, [trained.checkpoint, tmp_path / "a.onnx", *flags])
+    assert (code, err.count("\n")) == (2, 1)
+    assert message in err
+    assert not (tmp_path / "a.onnx").exists()
+
+
+def test_without_scores_of_good_images_the_export_needs_a_threshold(tmp_path):
+    scorer = make_scorer()
+    scorer.calibration = None
+    with pytest.raises(export.InputError, match="no scores of good images"):
+        export_onnx(scorer, tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize("any_image_size", [False, True])
+def test_the_sample_in_docs_needs_nothing_of_this_program(tmp_path, any_image_size):
+    scorer, sample = make_scorer(), Path(export.__file__).parent / "docs" / "onnx_sample.py"
+    assert len(sample.read_text(encoding="utf-8").splitlines()) <= 60
+    shutil.copy(sample, tmp_path)
+    export_onnx(scorer, tmp_path / "a.onnx", any_image_size=any_image_size)
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    command = [sys.executable, "-I", "onnx_sample.py", "a.onnx", "image.png"]
+    for thresholds, word in (([], None), (["0", "0"], "defective"), (["99", "99"], "good")):
+        result = subprocess.run([*command, *thresholds], cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        score = float(result.stdout.split("score ")[1].split(",")[0])
+        assert score == pytest.approx(scorer.inspect(image).score, rel=0.05 if any_image_size else 1e-3)
+        assert word is None or f": {word}, score" in result.stdout
+    mask = np.asarray(Image.open(tmp_path / "image_mask.png"))
+    assert mask.shape == (50, 70)
+    assert not mask.any()
 
 
 # ----------------------------------------------------------------------------- files to refuse

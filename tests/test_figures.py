@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import skimage.io
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -200,3 +201,20 @@ def test_a_figure_that_cannot_be_drawn_leaves_the_old_one(tmp_path, monkeypatch)
         figures.save_curves(path, [{"epoch": 1, "loss": 1.0, **dict.fromkeys(METRICS)}])
     assert files_in(tmp_path) == {"curves.png"}
     assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (256, 3), (300, 200), (1025, 16)])
+def test_files_in_a_hurry_are_read_by_others_without_loss(tmp_path, size):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    values = np.cumsum(rng.normal(size=size), 1, dtype=np.float32)
+    values.flat[0] = -1e-30
+    figures.write_png(tmp_path / "a.png", image)
+    figures.write_tiff(tmp_path / "a.tiff", values)
+    for read in (lambda path: np.asarray(Image.open(path)), skimage.io.imread):
+        assert np.array_equal(read(tmp_path / "a.png"), image)
+        assert read(tmp_path / "a.tiff").dtype == np.float32
+        assert np.array_equal(read(tmp_path / "a.tiff"), values)
+    smooth = np.linspace(0, 1, 10**6, dtype=np.float32).reshape(1000, 1000)
+    figures.write_tiff(tmp_path / "b.tiff", smooth)
+    assert (tmp_path / "b.tiff").stat().st_size < smooth.nbytes / 2

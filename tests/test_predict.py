@@ -1,6 +1,9 @@
 """predict.py scores images of any kind, and what it writes agrees with what training measured."""
 
 import csv
+import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -8,6 +11,8 @@ import torch
 from conftest import make_class, save_image
 from PIL import Image
 
+import evaluate
+import fit
 import predict
 import scorer
 from dataset import open_class
@@ -35,21 +40,29 @@ def test_scores_maps_masks_and_pictures(trained, tmp_path, run_main):
     test_set = scorer.TestSet.load(open_class(trained.data, "widget"), loaded.config, "ram", 1, device)
     maps = loaded.score_all(test_set.images).maps.numpy()
     rows = table(tmp_path)
-    assert list(rows[0]) == ["path", "score", "decision", "threshold", "map"]
+    columns = "path,score,decision,threshold,pixel_threshold,margin,peak_x,peak_y,map"
+    assert ",".join(rows[0]) == columns
     for row, image, anomaly in zip(rows, test_set.data.test, maps, strict=True):
         assert row["path"] == str(image.path)
         assert float(row["score"]) == pytest.approx(anomaly.max(), rel=1e-5)
         assert (row["decision"] == "defective") == (float(row["score"]) >= float(row["threshold"]))
+        difference = float(row["score"]) - float(row["threshold"])
+        assert float(row["margin"]) == pytest.approx(difference, abs=1e-5)
+        assert float(row["pixel_threshold"]) == pytest.approx(
+            loaded.metrics["pixel_threshold"], rel=1e-5
+        )
         name = f"{image.kind}/{image.path.stem}"
         assert row["map"] == f"maps/{name}.tiff"
         raw = np.asarray(Image.open(tmp_path / "out" / row["map"]))
         assert raw.dtype == np.float32
         expected = Image.fromarray(anomaly).resize((32, 32), Image.Resampling.BILINEAR)
         np.testing.assert_allclose(raw, np.asarray(expected), rtol=1e-4)
+        assert raw[int(row["peak_y"]), int(row["peak_x"])] == raw.max()
+        assert Image.open(tmp_path / "out" / row["map"]).info["compression"] == "tiff_adobe_deflate"
         mask = np.asarray(Image.open(tmp_path / "out" / "masks" / f"{name}.png"))
         assert np.array_equal(mask == 255, raw >= np.float32(loaded.metrics["pixel_threshold"]))
         assert Image.open(tmp_path / "out" / "overlays" / f"{name}.png").size == (32, 32)
-    assert len(list((tmp_path / "out").rglob("*.*"))) == 3 * 6 + 1  # nothing half written is left
+    assert len(list((tmp_path / "out").rglob("*.*"))) == 3 * 6 + 3  # nothing half written is left
     # F1-max on the test set: these decisions are the best that one threshold can make.
     assert [row["decision"] for row in rows] == ["good"] * 3 + ["defective"] * 3
 
@@ -187,6 +200,14 @@ def test_an_encoder_has_no_image_template(tmp_path, run_main):
         (["--imageQuantile", 2], "not a number from 0 to 1"),
         (["--batchSize", 0], "whole number from 1"),
         (["--gpu", 9], "no such CUDA device"),
+        (["--minArea", 0], "whole number from 1"),
+        (["--write", "maps,pictures"], "'pictures' is not one of overlays, masks, maps, none"),
+        (["--write", ""], "is not one of overlays"),
+        (["--roi", "nowhere.png"], "cannot read image nowhere.png"),
+        (["--shard", "3/2"], "'3/2' is not a part such as 1/4"),
+        (["--shard", "0/2"], "is not a part"),
+        (["--shard", "2"], "is not a part"),
+        (["--resume"], "holds nothing to continue; leave --resume out"),
     ],
 )
 def test_bad_flags(trained, tmp_path, run_main, extra, message):
@@ -199,7 +220,7 @@ def test_bad_flags(trained, tmp_path, run_main, extra, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("", "is a folder; choose a file in it, of a run last.pt"),
+        ("pictures", "holds no run's last.pt; choose a run's folder, or a checkpoint"),
         ("state.pt", "choose last.pt beside it"),
     ],
 )
@@ -235,20 +256,21 @@ def test_a_score_that_is_not_finite_is_no_verdict(trained, tmp_path, run_main):
     assert (code, err.count("\n")) == (2, 1)
     assert "no finite score" in err
     assert "good/000.png" in err
-    assert not list((tmp_path / "out").rglob("*.*"))
+    assert not list((tmp_path / "out").rglob("*.*g"))
+    assert not list((tmp_path / "out").rglob("*.csv"))
 
 
 def test_scores_are_there_when_all_is_done(trained, tmp_path, run_main, monkeypatch):
     """So that a table of a run that was stopped is not taken for the whole."""
 
-    def write(self, image, anomaly):
+    def write(self, image, anomaly, score):
         assert not (tmp_path / "out" / "scores.csv").exists()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(predict.Writer, "write", write)
     code, _, err = run(run_main, trained, tmp_path)
     assert code == 130, err
-    assert not list((tmp_path / "out").rglob("*.*"))
+    assert {path.name for path in (tmp_path / "out").rglob("*.*")} == {predict.MARKER, predict.ROWS}
 
 
 def test_no_more_images_are_in_memory_than_the_scorer_needs(trained, tmp_path, run_main, monkeypatch):
@@ -273,3 +295,220 @@ def test_no_more_images_are_in_memory_than_the_scorer_needs(trained, tmp_path, r
     assert code == 0, err
     assert len(most) == 60
     assert max(most) <= 2 * 2 + 1 + 3 * 2
+
+
+# ------------------------------------------------------------------------- defects and pictures
+
+
+def defects(tmp_path):
+    return list(csv.DictReader((tmp_path / "out" / "defects.csv").open()))
+
+
+def read(path):
+    return np.asarray(Image.open(path))
+
+
+def test_every_region_of_the_masks_is_a_row(trained, tmp_path, run_main):
+    code, _, err = run(run_main, trained, tmp_path, "--threshold", "f1")
+    assert code == 0, err
+    rows, checked = defects(tmp_path), 0
+    for image in table(tmp_path):
+        mask = read(tmp_path / "out" / image["map"].replace("maps", "masks").replace("tiff", "png")) > 0
+        anomaly = read(tmp_path / "out" / image["map"])
+        regions = [row for row in rows if row["image"] == image["path"]]
+        assert [int(row["number"]) for row in regions] == list(range(1, len(regions) + 1))
+        assert sum(int(row["area"]) for row in regions) == mask.sum()
+        for row in regions:
+            x0, y0, x1, y1 = (int(row[name]) for name in ("x0", "y0", "x1", "y1"))
+            box = mask[y0:y1, x0:x1]
+            assert all(side.any() for side in (box[0], box[-1], box[:, 0], box[:, -1]))
+            assert float(row["peak_score"]) <= anomaly[y0:y1, x0:x1].max() * (1 + 1e-5)
+            if len(regions) == 1:
+                inside = anomaly[mask]
+                assert float(row["mean_score"]) == pytest.approx(inside.mean(), rel=1e-5)
+                assert float(row["peak_score"]) == pytest.approx(inside.max(), rel=1e-5)
+            checked += 1
+    assert checked == len(rows) > 0
+
+
+def test_small_regions_are_dropped_from_masks_and_list(trained, tmp_path, run_main):
+    assert run(run_main, trained, tmp_path, "--threshold", "f1")[0] == 0
+    areas = sorted(int(row["area"]) for row in defects(tmp_path))
+    out = tmp_path / "large"
+    out.mkdir()
+    flags = ["--threshold", "f1", "--minArea", areas[-1]]
+    assert run(run_main, trained, out, *flags)[0] == 0
+    kept = [int(row["area"]) for row in defects(out)]
+    assert kept == [area for area in areas if area == areas[-1]]
+    masks = sum((read(path) > 0).sum() for path in (out / "out" / "masks").rglob("*.png"))
+    assert masks == sum(kept)
+    assert [row["score"] for row in table(out)] == [row["score"] for row in table(tmp_path)]
+
+
+@pytest.mark.parametrize("kinds", ["none", "masks", "maps,overlays"])
+def test_only_what_is_asked_for_is_written(trained, tmp_path, run_main, kinds):
+    code, _, err = run(run_main, trained, tmp_path, "--write", kinds)
+    assert code == 0, err
+    folders = {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()}
+    assert folders == set(kinds.split(",")) - {"none"}
+    assert bool(table(tmp_path)[0]["map"]) == ("maps" in kinds)
+
+
+def test_outside_of_the_part_nothing_counts(trained, tmp_path, run_main):
+    """The mask of the part has another size than the images, and leaves out the defects."""
+    roi = np.zeros((64, 64), np.uint8)
+    roi[:, 40:] = 255
+    save_image(tmp_path / "roi.png", roi)
+    assert run(run_main, trained, tmp_path, "--threshold", "f1")[0] == 0
+    whole = table(tmp_path)
+    out = tmp_path / "inside"
+    out.mkdir()
+    code, _, err = run(run_main, trained, out, "--threshold", "f1", "--roi", tmp_path / "roi.png")
+    assert code == 0, err
+    for row, before in zip(table(out), whole, strict=True):
+        anomaly, old = read(out / "out" / row["map"]), read(tmp_path / "out" / before["map"])
+        assert np.array_equal(anomaly[:, 20:], old[:, 20:])
+        assert (anomaly[:, :20] == old.min()).all()
+        assert int(row["peak_x"]) >= 20
+        assert float(row["score"]) <= float(before["score"])
+    assert table(out)[-1]["decision"] == "good" != whole[-1]["decision"]
+    assert all(int(row["x0"]) >= 20 for row in defects(out))
+
+
+def test_a_part_that_is_nowhere(trained, tmp_path, run_main):
+    save_image(tmp_path / "roi.png", np.zeros((8, 8), np.uint8))
+    code, _, err = run(run_main, trained, tmp_path, "--roi", tmp_path / "roi.png")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "roi.png is all black; paint white what is to be inspected" in err
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------ folders, resume
+
+
+def test_a_run_its_folder_and_a_pattern_stand_for_the_newest_checkpoint(trained, tmp_path, run_main):
+    runs = trained.run.parent
+    images = trained.data / "widget" / "test"
+    for i, model in enumerate([trained.run, runs, runs / "widget-*"]):
+        flags = ["--out", tmp_path / str(i), "--gpu", "cpu", "--write", "none"]
+        code, out, err = run_main(predict.main, [model, images, *flags])
+        assert code == 0, err
+        assert out.startswith(f"checkpoint {trained.checkpoint}\n")
+    commands = {
+        evaluate.main: ["--datapath", trained.data, "--out", tmp_path / "evaluations"],
+        fit.main: [trained.data / "widget" / "train" / "good", "--out", tmp_path / "new.pt"],
+    }
+    for main, flags in commands.items():
+        code, out, err = run_main(main, [trained.run, *flags, "--gpu", "cpu"])
+        assert code == 0, err
+        assert out.startswith(f"checkpoint {trained.checkpoint}\n")
+        code, _, err = run_main(main, [trained.data, *flags, "--gpu", "cpu"])
+        assert (code, err.count("\n")) == (2, 1)
+
+
+def test_of_several_runs_the_newest_is_taken(tmp_path):
+    for i, name in enumerate(["a-1", "a-2", "b-1"]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "last.pt").touch()
+        os.utime(tmp_path / name / "last.pt", (0, 10 - i))
+    assert scorer.find_checkpoint(tmp_path) == tmp_path / "a-1" / "last.pt"
+    assert scorer.find_checkpoint(tmp_path / "*-1") == tmp_path / "a-1" / "last.pt"
+    assert scorer.find_checkpoint(tmp_path / "b*") == tmp_path / "b-1" / "last.pt"
+    assert scorer.find_checkpoint(tmp_path / "none.pt") == tmp_path / "none.pt"
+    with pytest.raises(predict.InputError, match="holds no run's last"):
+        scorer.find_checkpoint(tmp_path / "c*")
+
+
+def test_own_results_and_linked_folders_are_not_scored(trained, tmp_path, run_main):
+    folder = tmp_path / "images"
+    save_image(folder / "part" / "a.png", np.zeros((32, 32, 3), np.uint8))
+    (folder / "another").symlink_to(folder / "part", target_is_directory=True)
+    (folder / "part" / "loop").symlink_to(folder, target_is_directory=True)
+    for out in (folder / "predictions", tmp_path / "out"):
+        flags = ["--out", out, "--gpu", "cpu"]
+        code, text, err = run_main(predict.main, [trained.checkpoint, folder, *flags])
+        assert code == 0, err
+        assert text.startswith("1 images")
+    code, _, err = run_main(
+        predict.main, [trained.checkpoint, tmp_path / "out", "--out", tmp_path / "b", "--gpu", "cpu"]
+    )
+    assert (code, err.count("\n")) == (2, 1)
+    assert "holds results of predict.py; choose a folder of images" in err
+
+
+def test_names_that_differ_in_case_only_do_not_meet():
+    taken = set()
+    names = [
+        predict._free_name(predict.Path(name), taken) for name in ("a.png", "A.png", "A.PNG", "a_png.x")
+    ]
+    assert len({str(name).casefold() for name in names}) == 4
+
+
+def content(folder):
+    """All files by name, but for what says where they are."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.*") if p.is_file()}
+
+
+def test_a_stopped_prediction_is_continued(trained, tmp_path, run_main, monkeypatch):
+    assert run(run_main, trained, tmp_path, "--batchSize", 1)[0] == 0
+    whole, stopped, original, count = tmp_path / "out", tmp_path / "stopped", predict.Writer.write, []
+    stopped.mkdir()
+
+    def write(self, *arguments):
+        count.append(1)
+        if len(count) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(predict.Writer, "write", write)
+    code, _, err = run(run_main, trained, stopped, "--batchSize", 1)
+    assert (code, err.count("\n")) == (130, 1), err
+    assert "of 6 images are done; to continue: python script.py" in err
+    assert err.rstrip().endswith("--resume")
+    assert not (stopped / "out" / "scores.csv").exists()
+    done = (stopped / "out" / predict.ROWS).read_text()
+    assert 1 <= len(done.splitlines()) < 6
+    (stopped / "out" / predict.ROWS).write_text(done + '{"name": "hole/0')  # as a power cut leaves it
+
+    code, _, err = run(run_main, trained, stopped)
+    assert code == 2
+    assert "is not empty; choose a new folder, or add --resume" in err
+    code, _, err = run(run_main, trained, stopped, "--minArea", 5, "--resume")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is of another command (minArea changed)" in err
+
+    code, out, err = run(run_main, trained, stopped, "--batchSize", 1, "--resume")
+    assert code == 0, err
+    assert out.startswith("6 images, ")
+    assert len(count) <= 3 + 6 - len(done.splitlines())
+    assert content(stopped / "out") == content(whole)
+    code, out, _ = run(run_main, trained, stopped, "--resume")
+    assert (code, out) == (0, f"{stopped / 'out'} is finished: 6 images\n")
+    assert content(stopped / "out") == content(whole)
+
+
+def test_other_weights_or_images_are_not_mixed_in(trained, tmp_path, run_main):
+    assert run(run_main, trained, tmp_path)[0] == 0
+    marker = tmp_path / "out" / predict.MARKER
+    for key in ("model", "images", "roi"):
+        changed = json.loads(marker.read_text())
+        changed["command"][key] = "another"
+        marker.write_text(json.dumps(changed))
+        code, _, err = run(run_main, trained, tmp_path, "--resume")
+        assert code == 2
+        assert f"{key} changed" in err or f", {key}" in err
+    marker.write_text("[]")
+    assert "holds nothing to continue" in run(run_main, trained, tmp_path, "--resume")[2]
+
+
+def test_shards_are_parts_of_the_whole(trained, tmp_path, run_main):
+    assert run(run_main, trained, tmp_path, "--batchSize", 1)[0] == 0
+    rows = []
+    for i in (1, 2, 3, 4):
+        (tmp_path / str(i)).mkdir()
+        code, _, err = run(run_main, trained, tmp_path / str(i), "--shard", f"{i}/4", "--batchSize", 1)
+        assert code == 0, err
+        rows += table(tmp_path / str(i))
+    assert len(rows) == 6
+    assert sorted(map(str, rows)) == sorted(map(str, table(tmp_path)))
+    assert len({row["map"] for row in rows}) == 6

@@ -7,9 +7,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
-from dataset import MASK_SIZE
+from dataset import read_image
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -78,8 +77,10 @@ def test_the_python_example_works_on_a_new_image(trained):
     code = code.replace("saveDir/.../last.pt", str(trained.checkpoint)).replace("image.png", str(image))
     names = {}
     exec(code, names)
-    assert names["maps"].shape == (1, *MASK_SIZE)
-    assert names["image_is_defective"].dtype == names["defective_pixels"].dtype == torch.bool
+    assert names["result"].map.shape == names["result"].mask.shape == read_image(image).shape[:2]
+    assert names["result"].defective == (
+        names["result"].score >= names["scorer"].calibration.thresholds().image
+    )
 
 
 def test_the_readme_is_short():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import save_image
 
 import scorer as scorer_module
 from dataset import normalize
@@ -14,14 +15,18 @@ from model import PyramidFlow, PyramidFlowConfig
 from scorer import (
     LEVELS,
     Calibration,
+    Defect,
     Scored,
     ScoreOptions,
     Scorer,
+    Thresholds,
     batch_size,
     choose_thresholds,
     distribution,
+    find_defects,
     fit_all,
     gaussian,
+    resize_roi,
     score_all,
 )
 from util import DivergedError, InputError
@@ -408,3 +413,101 @@ def test_the_choices_of_a_threshold():
 def test_a_threshold_that_cannot_be_had(choice, message):
     with pytest.raises(InputError, match=message):
         choose_thresholds(choice, {"pixel_threshold": None, "image_threshold": None}, None, (0.9, 0.9))
+
+
+# ---------------------------------------------------------------------------------- inspecting
+
+
+def test_arrays_files_and_lists_of_any_size_are_inspected_alike(trained, tmp_path):
+    loaded = Scorer.load(str(trained.checkpoint), precision="fp32")
+    rng = np.random.default_rng(0)
+    gray = rng.integers(0, 256, (50, 70), dtype=np.uint8)
+    images = [
+        gray,
+        np.stack([gray] * 3, 2),
+        np.stack([gray] * 4, 2),
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+    ]
+    save_image(tmp_path / "a.png", gray)
+    many = loaded.inspect(images, batch_size=2)
+    for result in [*many, loaded.inspect(gray)]:
+        assert (result.map.dtype, result.map.shape) == (np.float32, (50, 70))
+        assert (result.mask.dtype, result.mask.shape) == (bool, (50, 70))
+        assert result.score == pytest.approx(many[0].score, rel=1e-4)
+        x, y = result.peak
+        assert result.map[y, x] == result.map.max()
+    thresholds = loaded.calibration.thresholds()
+    assert many[0].defective == (many[0].score >= thresholds.image)
+    assert np.array_equal(many[0].mask, many[0].map >= np.float32(thresholds.pixel))
+    assert loaded.inspect([]) == []
+
+
+def test_a_verdict_names_its_defects(trained):
+    loaded = Scorer.load(trained.checkpoint, precision="fp32")
+    path = sorted((trained.data / "widget" / "test" / "hole").iterdir())[0]  # a square at (10,4)
+    result = loaded.inspect(path, choose_thresholds("f1", loaded.metrics, None, (0, 0)))
+    assert result.defective
+    largest = max(result.defects, key=lambda defect: defect.area)
+    x0, y0, x1, y1 = largest.box
+    assert x0 < 14 < x1
+    assert y0 < 8 < y1
+    assert largest.peak == pytest.approx(result.map[y0:y1, x0:x1].max())
+    assert largest.mean <= largest.peak
+    assert sum(defect.area for defect in result.defects) == result.mask.sum()
+
+
+def test_regions_are_connected_along_corners_and_small_ones_dropped():
+    mask = np.zeros((6, 8), bool)
+    mask[0, 0] = mask[1, 1] = mask[4, 5] = True
+    values = np.arange(48, dtype=np.float32).reshape(6, 8)
+    kept, defects = find_defects(mask, values)
+    assert np.array_equal(kept, mask)
+    assert defects == [Defect((0, 0, 2, 2), 2, 9.0, 4.5), Defect((5, 4, 6, 5), 1, 37.0, 37.0)]
+    kept, defects = find_defects(mask, values, 2)
+    assert defects == [Defect((0, 0, 2, 2), 2, 9.0, 4.5)]
+    assert kept.sum() == 2
+    assert find_defects(mask, values, 3)[1] == []
+    assert not find_defects(mask, values, 3)[0].any()
+
+
+def test_only_the_part_is_inspected(trained):
+    loaded = Scorer.load(trained.checkpoint, precision="fp32")
+    path = sorted((trained.data / "widget" / "test" / "hole").iterdir())[0]
+    roi = np.zeros((16, 16), bool)
+    roi[:, 12:] = True
+    whole, inside = loaded.inspect(path), loaded.inspect(path, roi=roi)
+    assert inside.score < whole.score
+    assert inside.peak[0] >= 24
+    assert not inside.mask[:, :24].any()
+    assert (inside.map[:, :24] == whole.map.min()).all()
+    everything = loaded.inspect(path, roi=np.ones((3, 3), np.uint8))
+    assert (everything.score, everything.peak) == (whole.score, whole.peak)
+    assert np.array_equal(everything.map, whole.map)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (256, 256), (1000, 3)])
+def test_a_small_part_does_not_vanish(size):
+    roi = np.zeros((500, 600), bool)
+    roi[301, 77] = True
+    assert resize_roi(roi, size).any()
+    assert resize_roi(~np.zeros((3, 3), bool), size).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((4, 4), float), ((4, 4, 2), "u1"), ((1, 4, 4, 3), "u1"), ((0, 4), "u1")]
+)
+def test_what_is_no_image_is_not_inspected(trained, shape, dtype):
+    with pytest.raises(InputError, match="an image of"):
+        Scorer.load(trained.checkpoint).inspect(np.zeros(shape, dtype))
+
+
+def test_without_thresholds_there_is_no_verdict(trained):
+    loaded = Scorer.load(trained.checkpoint)
+    loaded.calibration = None
+    image = np.zeros((32, 32, 3), np.uint8)
+    with pytest.raises(InputError, match="no scores of good images"):
+        loaded.inspect(image)
+    assert loaded.inspect(image, Thresholds(0.0, 0.0)).defective
+    with pytest.raises(InputError, match="all black"):
+        loaded.inspect(image, Thresholds(0.0, 0.0), roi=np.zeros((4, 4), bool))

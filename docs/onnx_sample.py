@@ -1,0 +1,42 @@
+"""Inspect an image with an exported model; needs onnxruntime, numpy and pillow, and nothing of this program.
+
+    python docs/onnx_sample.py tile.onnx image.png [image_threshold pixel_threshold]
+
+Prints the verdict and writes the mask beside the image as image_mask.png.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+
+def main() -> None:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it would warn that thresholds can be given
+    session = onnxruntime.InferenceSession(sys.argv[1], options)
+    metadata = session.get_modelmeta().custom_metadata_map
+    path = Path(sys.argv[2])
+    original = Image.open(path).convert("RGB")
+    image = original
+    if metadata["any_image_size"] == "false":
+        size = int(metadata["image_width"]), int(metadata["image_height"])
+        image = original.resize(size, Image.Resampling.BILINEAR)
+
+    inputs = {"image": np.asarray(image)[None]}  # uint8 (1,h,w,3)
+    names = ("image_threshold", "pixel_threshold")
+    for name, value in zip(names, sys.argv[3:], strict=False):  # the model's own where they are left out
+        inputs[name] = np.array([value], np.float32)
+    score, defective, mask = session.run(["score", "defective", "mask"], inputs)
+
+    threshold = inputs.get("image_threshold", [float(metadata["image_threshold"])])[0]
+    verdict = "defective" if defective[0] else "good"
+    print(f"{path}: {verdict}, score {score[0]:.4g}, threshold {threshold:.4g}")
+    full = Image.fromarray(mask[0]).resize(original.size, Image.Resampling.NEAREST)
+    full.save(path.with_name(f"{path.stem}_mask.png"))
+
+
+if __name__ == "__main__":
+    main()
