@@ -374,11 +374,14 @@ class Pace:
         self._left, self._mark, self._is_first = self._left - steps, now, False
         if self._timed + 1 >= FIRST_LOOKS[-1] and not self._is_said:
             self._is_said = True
-            self._say([f"about {duration(self.seconds_left)} of training are left, and the evaluations"])
+            self._say([f"about {duration(self.seconds_left)} of training are left, without evaluations"])
 
     def evaluated(self, clock: Clock, left: int) -> None:
         """An epoch was evaluated, and `left` more will be."""
         spent = sum(seconds for name, seconds in clock.seconds.items() if name != "training")
+        if left and not self._evaluations and self._timed:
+            total = self.seconds_left + spent * left
+            self._say([f"about {duration(total)} are left, {left} evaluations included"])
         self._evaluations = spent * left
 
     @property
@@ -754,7 +757,7 @@ def make_parser() -> Parser:
     add("--cls", nargs="+", default=["tile"], metavar="CLASS",
         help="folders of --datapath, one run each; or all")
     add("--datapath", default="../mvtec_anomaly_detection",
-        help="folder of MVTec AD, BTAD, VisA, or data in MVTec's layout")
+        help="folder of MVTec AD, AD 2 or LOCO, BTAD, VisA, Real-IAD, or data in MVTec's layout")
     add("--good", metavar="DIR",
         help="folder of good images, instead of --datapath, which may also be one; its name is the class's")
     add("--bad", metavar="DIR", help="with --good: folder of defective test images")

@@ -432,7 +432,8 @@ def test_a_calibration_that_no_flag_gives_is_refused(change):
 def test_the_log_says_how_long_it_will_take(tmp_path, run_main):
     good = make_class(tmp_path / "data", num_train=24) / "train" / "good"
     _, out = trained_on(run_main, tmp_path, "--good", good, "--epochs", 2)
-    assert len([line for line in out.splitlines() if "of training are left" in line]) == 1
+    for text in ("of training are left", "1 evaluations included"):
+        assert len([line for line in out.splitlines() if text in line]) == 1
 
 
 def test_the_pace_of_a_run(monkeypatch):
@@ -449,16 +450,17 @@ def test_the_pace_of_a_run(monkeypatch):
         now[0] += 2
         pace.add(1)
     assert str(pace) == "2 images/s, 3 min 00 s left"
-    assert said == ["about 3 min 00 s of training are left, and the evaluations"]
+    assert said == ["about 3 min 00 s of training are left, without evaluations"]
     clock = Clock(torch.device("cpu"))
     clock.seconds = {"training": 200.0, "template": 10.0, "test": 20.0}
     pace.evaluated(clock, train.evaluations_left(Namespace(epochs=5, evalEvery=2), 2))
     assert str(pace) == "2 images/s, 4 min 00 s left"
+    assert said[1:] == ["about 4 min 00 s are left, 2 evaluations included"]
     now[0] += 1000
     pace.start()
     now[0] += 2 * 90
     pace.add(90)
-    assert (pace.seconds_left, len(said)) == (60, 1)
+    assert (pace.seconds_left, len(said)) == (60, 2)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(6.6, "7 s"), (60, "1 min 00 s"), (3725, "1 h 02 min")])
