@@ -10,7 +10,13 @@ BTAD: the same with "ok" for "good", "ko" for the defects, and masks named like 
 
 MVTec LOCO: the same as MVTec AD, with a folder `<name>` of masks, which are united, for each image.
 
+MVTec AD 2: the same as MVTec AD, with test_public/<kind> for test/<kind>, and its ground truth in there.
+
 VisA: <datapath>/split_csv/1cls.csv names class, split, label, image and mask of every image.
+
+Real-IAD: <datapath>/<class>.json names them, below <datapath>/<class>/.
+
+Good images alone: a folder of them, and perhaps one of bad ones (`open_folders`).
 
 Images: the suffixes of `IMAGE_SUFFIXES` in any case; gray, RGB, RGBA, 16 bit; turned as their EXIF says.
 
@@ -23,6 +29,7 @@ import copy
 import csv
 import inspect
 import json
+import math
 import os
 import random
 import threading
@@ -30,7 +37,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -41,9 +48,11 @@ from torch import Tensor
 
 from util import InputError, free_memory, progress, size_text, world_size
 
-DATASETS = ("auto", "mvtec", "btad", "visa")
+DATASETS = ("auto", "mvtec", "btad", "visa", "realiad")
 GOOD_FOLDERS = {"mvtec": "good", "btad": "ok"}
 VISA_SPLIT = Path("split_csv") / "1cls.csv"
+TEST_FOLDERS = ("test", "test_public")  # the second is MVTec AD 2's
+ENOUGH_TO_HOLD_OUT, AUTO_HOLDOUT, MOST_HOLDOUT = 50, 0.1, 0.9
 MVTEC_HOME = "https://www.mvtec.com/company/research/datasets/mvtec-ad"
 MVTEC_TEXTURES = ("carpet", "grid", "leather", "tile", "wood")
 
@@ -96,12 +105,14 @@ class AnomalyClass:
         train: paths of the good images to learn from, sorted.
         test: sorted by kind and name.
         warnings: what reading the files found odd but usable, a line each.
+        held_out: good images that are neither trained on nor templates, sorted; see `hold_out`.
     """
 
     name: str
     train: list[Path]
     test: list[TestImage]
     warnings: list[str] = field(default_factory=list)
+    held_out: list[Path] = field(default_factory=list)
 
     @property
     def has_masks(self) -> bool:
@@ -114,31 +125,130 @@ class AnomalyClass:
 
 
 def open_class(
-    datapath: Path, name: str, dataset: str = "auto", need_train: bool = True
+    datapath: Path, name: str, dataset: str = "auto", need_train: bool = True, need_test: bool = True
 ) -> AnomalyClass:
     """Find the files of one class.
 
     Args:
         dataset: the layout, one of `DATASETS`.
+        need_train, need_test: whether these images have to be there.
 
     Raises:
         InputError: path, class, training images, test images or a mask missing.
     """
     dataset = recognize(datapath, dataset)
     present = list_classes(datapath, dataset, "train" if need_train else "test")
-    if name not in present:
+    if need_test and is_flat(datapath, dataset):
+        raise InputError(
+            f"{datapath} holds good images and no test images; metrics need folders such as "
+            f"<class>/test/good and <class>/test/<defect> in --datapath"
+        )
+    if name not in {*present, *list_classes(datapath, dataset)}:
         have = f"classes there: {', '.join(present)}" if present else "no class folders there"
         raise InputError(f"no class {name!r} in {datapath} (layout {dataset}); {have}")
     if dataset == "visa":
         data = _open_visa_class(datapath, name)
+    elif dataset == "realiad":
+        data = _open_realiad_class(datapath, name)
     else:
-        folder, good = datapath / name, GOOD_FOLDERS[dataset]
-        data = AnomalyClass(name, list_images(folder / "train" / good), _list_test(folder, good))
+        data = _open_folder(datapath / name, GOOD_FOLDERS[dataset], need_test)
     if not data.train and need_train:
         raise InputError(
             f"no training images of class {name} in {datapath} (layout {dataset}); put good images there"
         )
     return data
+
+
+def _open_folder(folder: Path, good: str, need_test: bool) -> AnomalyClass:
+    """A class in MVTec's layout, or one of its kin."""
+    train = folder / "train" / good
+    test_folder = next((folder / t for t in TEST_FOLDERS if (folder / t).is_dir()), folder / "test")
+    public = test_folder.name != "test"
+    test = _list_test(test_folder, (test_folder if public else folder) / "ground_truth", good)
+    if need_test and not test:
+        raise InputError(
+            f"no test images in {test_folder}; it needs folders such as {good}/ and a defect's"
+        )
+    folders = {train, *(image.path.parent for image in test)}
+    data = AnomalyClass(folder.name, list_images(train), test, skipped_files(folders))
+    if public:
+        data.warnings.append("MVTec AD 2 takes PRO up to a rate of 0.05; --proLimit 0.05 does so, too")
+    return data
+
+
+def open_folders(name: str, good: Path, bad: Path | None, masks: Path | None) -> AnomalyClass:
+    """A class whose images lie in folders of any name.
+
+    Args:
+        good: holds images to learn from.
+        bad: holds defective test images.
+        masks: holds their masks, `<name>_mask` or `<name>`.
+
+    Raises:
+        InputError: there is no such folder, it holds no images, or one of the bad images has no mask in `masks`.
+    """
+    given = {"--good": good, "--bad": bad, "--masks": masks}
+    given = {flag: folder for flag, folder in given.items() if folder is not None}
+    for flag, folder in given.items():
+        if not list_images(folder) and not (flag == "--masks" and folder.is_dir()):
+            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+            what = "holds no images" if folder.is_dir() else "is not a folder"
+            raise InputError(f"{flag} {folder} {what}; choose one that holds some ({suffixes})")
+    if bad is not None and bad.resolve() == good.resolve():
+        raise InputError(f"--bad {bad} is the folder of --good, too; choose another")
+    test = []
+    if bad is not None:
+        test = _list_kind(bad, masks, "", "bad")
+    unmasked = [image.path for image in test if image.mask is None]
+    if masks is not None and unmasked:
+        raise InputError(
+            f"{unmasked[0]} has no mask {masks / unmasked[0].stem}_mask.png; add it, or leave --masks out"
+        )
+    folders = [folder for flag, folder in given.items() if flag != "--masks"]
+    return AnomalyClass(name, list_images(good), test, skipped_files(folders))
+
+
+def hold_out(data: AnomalyClass, share: float | str, seed: int) -> AnomalyClass:
+    """Keep a random share of the good images from training; the same images for the same seed.
+
+    They are the good test images where there are defective ones alone.
+
+    Args:
+        share: 0 to 0.9, or "auto": a tenth where there are no good test images and at least 50 to learn from.
+    """
+    has_good = any(not image.defective for image in data.test)
+    if not isinstance(share, (int, float)) or not 0 <= share <= MOST_HOLDOUT:
+        share = AUTO_HOLDOUT if not has_good and len(data.train) >= ENOUGH_TO_HOLD_OUT else 0
+    count = math.ceil(share * len(data.train))
+    if not count:
+        return data
+    chosen = set(random.Random(str(seed)).sample(data.train, count))
+    held_out = sorted(chosen)
+    test = data.test
+    if test and not has_good:
+        test = [*test, *(TestImage(path, "good", None) for path in held_out)]
+    return replace(data, train=[p for p in data.train if p not in chosen], test=test, held_out=held_out)
+
+
+def is_flat(datapath: Path, dataset: str = "auto") -> bool:
+    """Whether a folder holds images itself, and no classes."""
+    if dataset not in ("auto", "mvtec") or not list_images(datapath):
+        return False
+    return recognize(datapath) == "mvtec" and not any(
+        list_classes(datapath, "mvtec", part) for part in ("train", "test")
+    )
+
+
+def skipped_files(folders: Iterable[Path]) -> list[str]:
+    """A line about what lies in folders of images and is none, or no line."""
+    inside = sorted(p for folder in folders if folder.is_dir() for p in folder.iterdir() if _visible(p))
+    skipped = [path for path in inside if not _is_image(path)]
+    if not skipped:
+        return []
+    return [
+        f"{len(skipped)} of {len(inside)} files are skipped, the first is {skipped[0]}; images are files that "
+        f"end in {', '.join(sorted(IMAGE_SUFFIXES))}"
+    ]
 
 
 def recognize(datapath: Path, dataset: str = "auto") -> str:
@@ -158,6 +268,8 @@ def recognize(datapath: Path, dataset: str = "auto") -> str:
         return dataset
     if (datapath / VISA_SPLIT).is_file():
         return "visa"
+    if list_classes(datapath, "realiad") and not _folders_with(datapath, "train/good"):
+        return "realiad"
     of_btad = _folders_with(datapath, "train/ok") or (
         _folders_with(datapath, "test/ok") and not _folders_with(datapath, "train/good")
     )
@@ -168,11 +280,16 @@ def list_classes(datapath: Path, dataset: str, part: str = "train") -> list[str]
     """Names of all classes that have a part, "train" or "test", in a data set of a known layout; sorted."""
     if dataset == "visa":
         return sorted({row["object"] for row in _read_visa_split(datapath)})
-    return _folders_with(datapath, f"train/{GOOD_FOLDERS[dataset]}" if part == "train" else part)
+    if dataset == "realiad":
+        return sorted(p.stem for p in datapath.glob("*.json") if (datapath / p.stem).is_dir())
+    inside = (f"train/{GOOD_FOLDERS[dataset]}",) if part == "train" else TEST_FOLDERS
+    return _folders_with(datapath, *inside)
 
 
-def _folders_with(datapath: Path, inside: str) -> list[str]:
-    return sorted(p.name for p in datapath.iterdir() if (p / inside).is_dir() and _visible(p))
+def _folders_with(datapath: Path, *inside: str) -> list[str]:
+    """Folders in which one of these is."""
+    folders = filter(_visible, datapath.iterdir())
+    return sorted(p.name for p in folders if any((p / name).is_dir() for name in inside))
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -188,23 +305,21 @@ def _visible(path: Path) -> bool:
     return not path.name.startswith(".")  # .ipynb_checkpoints, ._000.png and their like are no data
 
 
-def _list_test(folder: Path, good: str) -> list[TestImage]:
-    test_folder, mask_folder = folder / "test", folder / "ground_truth"
+def _list_test(test_folder: Path, mask_folder: Path, good: str) -> list[TestImage]:
     kinds = sorted(filter(_visible, test_folder.iterdir())) if test_folder.is_dir() else []
+    kinds = [kind for kind in kinds if kind != mask_folder]
     images = [image for kind in kinds for image in _list_kind(kind, mask_folder / kind.name, good)]
-    if not images:
-        raise InputError(
-            f"no test images in {test_folder}; it needs folders such as {good}/ and a defect's"
-        )
     _check_masks(images, mask_folder)
     return images
 
 
-def _list_kind(folder: Path, mask_folder: Path, good: str) -> list[TestImage]:
+def _list_kind(
+    folder: Path, mask_folder: Path | None, good: str, kind: str | None = None
+) -> list[TestImage]:
     """The test images of one kind, each with the mask `<name>_mask` or `<name>`, or the folder `<name>`."""
-    kind = "good" if folder.name == good else folder.name
+    kind = kind or ("good" if folder.name == good else folder.name)
     masks = {}
-    if kind != "good" and mask_folder.is_dir():
+    if kind != "good" and mask_folder is not None and mask_folder.is_dir():
         masks = {path.name: path for path in mask_folder.iterdir() if list_images(path)}
         masks |= {path.stem: path for path in list_images(mask_folder)}
     images = []
@@ -276,6 +391,30 @@ def _read_visa_split(datapath: Path) -> list[dict[str, str]]:
         if row["split"] == "train" and row["label"] != "normal":
             raise InputError(f"{path} has a defective training image, {row['image']}; unpack VisA again")
     return rows
+
+
+def _open_realiad_class(datapath: Path, name: str) -> AnomalyClass:
+    path, parts = datapath / f"{name}.json", {"train": [], "test": []}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for part, images in parts.items():
+            for row in content[part]:
+                kind = "good" if row["anomaly_class"] == "OK" else str(row["anomaly_class"])
+                mask = row["mask_path"] if kind != "good" else None
+                for given in filter(None, (row["image_path"], mask)):
+                    if Path(given).is_absolute() or ".." in Path(given).parts:
+                        raise ValueError(f"{given} lies outside of {datapath / name}")
+                    if not (datapath / name / given).is_file():
+                        raise ValueError(f"{given} is not in {datapath / name}")
+                mask = datapath / name / mask if mask else None
+                images.append(TestImage(datapath / name / row["image_path"], kind, mask, False))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise InputError(f"cannot read {path} ({reason}); unpack Real-IAD again") from None
+    if any(image.defective for image in parts["train"]):
+        raise InputError(f"{path} has a defective training image; unpack Real-IAD again")
+    test = sorted(parts["test"], key=lambda image: (image.kind, image.path))
+    return AnomalyClass(name, sorted(image.path for image in parts["train"]), test)
 
 
 # ----------------------------------------------------------------------------- images and masks

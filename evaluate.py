@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import figures
-from dataset import CACHES, DATASETS, AnomalyClass, Images, open_class
+from dataset import CACHES, DATASETS, AnomalyClass, Images, hold_out, open_class
 from metrics import PRO_LIMIT, evaluate_maps, result_table
 from scorer import (
     ScoreOptions,
@@ -39,6 +39,7 @@ from util import (
     number,
     run_script,
     start_log,
+    without_cuda,
     write_csv,
     write_json,
 )
@@ -47,6 +48,8 @@ from util import (
 def main() -> None:
     args = parse_arguments()
     device = choose_device(args.gpu)
+    for line in without_cuda(device, args.gpu):
+        print(line, flush=True)
     keep_freed_memory()
     check_writable(args.out, "--out")
     args.checkpoint = find_checkpoint(args.checkpoint)
@@ -58,6 +61,7 @@ def main() -> None:
             "--anyClass if both are the same kind of thing"
         )
     data = open_class(args.datapath, name, args.dataset, need_train=args.score is not None)
+    data = hold_out(data, *(stored.settings.get(key) for key in ("holdout", "seed")))
     scorers = [stored] if args.score is None else refit(stored, data, args)
     test_set = TestSet.load(data, stored.config, args.cache, args.numWorkers, device)
     scored = score_all(scorers, test_set.images)
@@ -114,9 +118,12 @@ def refit(stored: Scorer, data: AnomalyClass, args: argparse.Namespace) -> list[
     images = Images(
         data.train, stored.image_size, args.cache, stored.device, args.numWorkers, "training images"
     )
+    held_out = Images(
+        data.held_out, stored.image_size, args.cache, stored.device, args.numWorkers, "held-out images"
+    )
     options = [ScoreOptions(), ScoreOptions.from_flags(args)][args.score == "paper" :]
     template = stored.settings.get("template", "mean")
-    return fit_all(stored.model, images, options, template, data.name, stored.settings)
+    return fit_all(stored.model, images, options, template, data.name, stored.settings, held_out)
 
 
 def label(row: dict, count: int) -> str:

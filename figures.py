@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dataset import IMAGENET_MEAN, IMAGENET_STD, TestImage
 from metrics import PRO_LIMIT, TABLE_METRICS, Ranking, metric_labels
-from scorer import IMAGE_QUANTILE, Calibration, Scored, Scorer, TestSet, distribution
+from scorer import Calibration, Scored, Scorer, TestSet, distribution
 from util import atomic_path
 
 PANELS_PER_KIND = 3
@@ -62,8 +62,9 @@ def choose_examples(test: list[TestImage]) -> list[int]:
 
 
 def save_evaluation(
-    folder: Path, test_set: TestSet, scored: Scored, scorer: Scorer, pro_limit: float = PRO_LIMIT
-) -> None:
+    folder: Path, test_set: TestSet, scored: Scored, scorer: Scorer, pro_limit: float = PRO_LIMIT,
+    shown: str = "test images",
+) -> None:  # fmt: skip
     """Save panels of a few images of each kind, the histogram of image scores, and the curves.
 
     Args:
@@ -72,6 +73,7 @@ def save_evaluation(
         scorer: its calibration gives the color scale and the threshold without labels; if it has none,
             the maps give the scale.  Its image template stands beside each image, if it has one.
         pro_limit: false-positive rate up to which PRO is taken.
+        shown: what the images are.
     """
     truth, scale = test_set.truth, (scorer.calibration or distribution(scored)).color_scale()
     maps, scores = scored
@@ -85,7 +87,7 @@ def save_evaluation(
         mask = None if truth.masks is None else truth.masks[i]
         title = f"{test_set.data.name}, {test_image.kind}/{test_image.path.name}"
         save_panel(path, title, image, template, maps[i], scale, mask)
-    save_histogram(folder / "histogram.png", scores, truth.defective, scorer.calibration)
+    save_histogram(folder / "histogram.png", scores, truth.defective, scorer.calibration, shown)
     if truth.masks is not None:
         pixels = Ranking(maps[~truth.masks], maps[truth.masks])
         images = Ranking(scores[~truth.defective], scores[truth.defective])
@@ -147,9 +149,10 @@ def _one_line(title: str) -> str:
 
 
 def save_histogram(
-    path: Path, scores: Tensor, defective: Tensor, calibration: Calibration | None
-) -> None:
-    """Save image scores of good and defective test images, with the thresholds that separate them.
+    path: Path, scores: Tensor, defective: Tensor, calibration: Calibration | None,
+    shown: str = "test images",
+) -> None:  # fmt: skip
+    """Save image scores of good and defective images, with the thresholds that separate them.
 
     Args:
         scores, defective: (N,).
@@ -157,18 +160,20 @@ def save_histogram(
     images = Ranking(scores[~defective], scores[defective])
     thresholds = {}
     if calibration is not None:
-        thresholds[f"{IMAGE_QUANTILE:.0%} of good training images"] = calibration.thresholds().image
+        kind = "held-out" if calibration.held_out else "good training"
+        name = f"{1 - calibration.false_alarm:.3g} of {kind} images"
+        thresholds[name] = calibration.thresholds().image
     if images.defined:
         thresholds["F1-max"] = images.f1_max()[1]
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     bins = np.linspace(float(scores.min()), float(scores.max()) + 1e-12, 41)
     for name, chosen, color in (("good", ~defective, "green"), ("defective", defective, "red")):
-        shown, label = scores[chosen].cpu().numpy(), f"{name} ({int(chosen.sum())})"
-        axes.hist(shown, bins, alpha=0.6, color=f"tab:{color}", label=label)
+        values, label = scores[chosen].cpu().numpy(), f"{name} ({int(chosen.sum())})"
+        axes.hist(values, bins, alpha=0.6, color=f"tab:{color}", label=label)
     for (name, threshold), style in zip(thresholds.items(), ("--", ":"), strict=False):
         axes.axvline(threshold, color="black", linestyle=style, label=f"{name}: {threshold:.3g}")
-    axes.set(title="image scores of the test images", xlabel="image score", ylabel="images")
+    axes.set(title=f"image scores of the {shown}", xlabel="image score", ylabel="images")
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8)
     _save(figure, path)

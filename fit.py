@@ -23,12 +23,15 @@ from util import (
     choose_device,
     keep_freed_memory,
     run_script,
+    without_cuda,
 )
 
 
 def main() -> None:
     args = parse_arguments()
     device = choose_device(args.gpu)
+    for line in without_cuda(device, args.gpu):
+        print(line, flush=True)
     keep_freed_memory()
     if args.out.exists():
         raise InputError(f"--out {args.out} exists; choose a new file")

@@ -80,6 +80,7 @@ class Metrics:
         pixel_f1_max, image_f1_max: best F1 over all thresholds.
         iou_max: best intersection over union of all defective pixels, at the threshold of the best F1.
         pixel_threshold, image_threshold: at the best F1; from this score on a pixel, an image is defective.
+        image_recall_threshold: of images, the highest at which no defective test image is missed.
     """
 
     pixel_auroc: float | None = None
@@ -93,6 +94,7 @@ class Metrics:
     image_f1_max: float | None = None
     pixel_threshold: float | None = None
     image_threshold: float | None = None
+    image_recall_threshold: float | None = None
 
 
 def evaluate_maps(
@@ -125,6 +127,7 @@ def _of_images(scores: Tensor, truth: GroundTruth) -> dict[str, float | None]:
         "image_ap": ranking.average_precision(),
         "image_f1_max": f1_max,
         "image_threshold": threshold,
+        "image_recall_threshold": float(ranking.scores[0]) if ranking.defined else None,
     }
 
 

@@ -380,6 +380,8 @@ def training_key(flags: list[str]) -> str:
     args = train.parse_arguments(flags)
     about = vars(args) | asdict(train.model_config(args))
     unread = ("numTemplate", "whiten", "smooth") if args.score == "paper" else ()
+    default = train.make_parser().get_default
+    unread += tuple(name for name in train.ADDED_FLAGS if about[name] == default(name))
     about = {name: value for name, value in about.items() if name not in (*NOT_IN_KEY, *unread)}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -12,9 +12,11 @@ bank: the mean and several good images as templates, differences divided by thei
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,7 +63,9 @@ CPU_BATCH_ELEMENTS = 2**24  # of features: what computes a kernel's spectrum onc
 CUDA_BATCH_ELEMENTS = 2**26
 BANK_ELEMENTS = 2**24  # of maps that are compared with all templates at once: 64 MiB, several times over
 CUDA_BYTES = 64  # of memory, generously, per element of a feature: stem, hidden maps, latents
-PIXEL_QUANTILE, IMAGE_QUANTILE = 0.999, 0.95
+PIXEL_QUANTILE, FALSE_ALARM, LOWEST_RATE = 0.999, 0.05, 1e-4
+IMAGE_QUANTILE = None  # of good images: the rest is the false-alarm rate that was chosen in training
+INTERVAL = (0.025, 0.975)
 COLOR_QUANTILE = 0.999  # of good pixels; twice that score has the scale's highest color
 # Where the distribution of pixel scores is stored: every percent, and ever finer towards the highest.
 LEVELS = np.concatenate([np.linspace(0, 0.99, 100), 1 - np.logspace(-2, -6, 41)[1:], [1.0]])
@@ -134,7 +138,7 @@ class Scorer:
         num_typical: so many of them, the first ones, are typical: image scores come from these.
         sigma: L tensors (C,), by which differences are divided; None: they are not.
         smooth: deviation in pixels of the Gaussian over maps; 0: none.
-        calibration: scores of good images; None if there were too few.
+        calibration: scores of good images, held-out ones if there are; None if there were too few.
         metrics: of the class's test images, with the thresholds of best F1; may be empty.
         class_name: what it was fitted on.
         settings: flags of the training.
@@ -318,6 +322,8 @@ class Scorer:
             "smooth": self.smooth,
             "metrics": self.metrics,
             "calibration": None if self.calibration is None else asdict(self.calibration),
+            # For people: `load` finds them anew.
+            "thresholds": named_thresholds(self.metrics, self.calibration),
         }
         save_checkpoint(path, content)
 
@@ -440,9 +446,13 @@ def batch_size(config: PyramidFlowConfig, device: torch.device) -> int:
 
 def fit_all(
     model: PyramidFlow, images: Images, options: Sequence[ScoreOptions], template: str = "mean",
-    class_name: str = "", settings: dict | None = None,
+    class_name: str = "", settings: dict | None = None, held_out: Images | None = None,
 ) -> list[Scorer]:  # fmt: skip
-    """`Scorer.fit` for each of the options, with one pass of the images through the network."""
+    """`Scorer.fit` for each of the options, with one pass of the images through the network.
+
+    Args:
+        held_out: good images that are not among `images`; the calibration is theirs then.
+    """
     model.eval()
     latents = Latents(model, images)
     statistics = Statistics.of(latents, any(option.score == "bank" for option in options))
@@ -452,9 +462,17 @@ def fit_all(
     for option in options:
         scorer = Scorer(model, mean, class_name=class_name, settings=settings or {})
         chosen = make_bank(scorer, latents, statistics, option) if option.score == "bank" else []
-        if len(images) > 1:
+        if len(images) > 1 and not held_out:
             scorer.calibration = calibrate(scorer, latents, chosen, template == "mean")
         scorers.append(scorer)
+    if held_out:
+        found = score_all(scorers, held_out, "held-out images")
+        for scorer, scored in zip(scorers, found, strict=True):
+            scorer.calibration = replace(distribution(scored), held_out=True)
+    rate = (settings or {}).get("falseAlarm")
+    for scorer in scorers:
+        if scorer.calibration is not None and is_rate(rate):
+            scorer.calibration = replace(scorer.calibration, false_alarm=rate)
     return scorers
 
 
@@ -624,18 +642,73 @@ class Calibration:
     Attributes:
         image_scores: ascending.
         pixel_scores: at `LEVELS`.
+        held_out: nothing was fitted to the images.  Else each is scored as if the templates had not seen it,
+            but the weights have.
+        false_alarm: the share of good images that may be called defective, unless told otherwise.
     """
 
     image_scores: list[float]
     pixel_scores: list[float]
+    held_out: bool = False
+    false_alarm: float = FALSE_ALARM
 
     def thresholds(
-        self, pixel_quantile: float = PIXEL_QUANTILE, image_quantile: float = IMAGE_QUANTILE
+        self, pixel_quantile: float = PIXEL_QUANTILE, image_quantile: float | None = IMAGE_QUANTILE
     ) -> Thresholds:
-        return Thresholds(
-            float(np.interp(pixel_quantile, LEVELS, self.pixel_scores)),
-            float(np.quantile(self.image_scores, image_quantile)),
+        """Thresholds below which these shares of good pixels and of good images stay.
+
+        Args:
+            image_quantile: None: all but the false-alarm rate.  Of n held-out images the quantile q is the
+                conformal one, the ceil((n+1)q)-th smallest score: of new good images, a share of q stays below
+                it in the mean.  Where n is too small for that it is the largest.
+        """
+        quantile = 1 - self.false_alarm if image_quantile is None else image_quantile
+        if self.held_out:
+            image = self.image_scores[min(self.rank(quantile), len(self.image_scores)) - 1]
+        else:
+            image = float(np.quantile(self.image_scores, quantile))
+        return Thresholds(float(np.interp(pixel_quantile, LEVELS, self.pixel_scores)), image)
+
+    def rank(self, quantile: float) -> int:
+        """ceil((n+1)q), at least 1; n + 1 if there are too few images for it."""
+        return max(1, math.ceil((len(self.image_scores) + 1) * quantile - 1e-9))
+
+    def no_false_alarm(self) -> Thresholds:
+        """Just above the highest scores."""
+        highest = self.pixel_scores[-1], self.image_scores[-1]
+        return Thresholds(*(float(np.nextafter(np.float32(x), np.float32(np.inf))) for x in highest))
+
+    def expected_false_alarms(self, rank: int) -> tuple[float, float, float]:
+        """Of new good images, the share above the rank-th smallest held-out score: mean, 95 % interval.
+
+        The share below it is the rank-th smallest of n uniform numbers, so that the share above it is
+        Beta(n + 1 - rank, rank), whatever the scores' distribution is.
+        """
+        from scipy.stats import beta  # half a second that nobody else needs to wait for
+
+        count = len(self.image_scores)
+        low, high = beta.ppf(INTERVAL, count + 1 - rank, rank)
+        return 1 - rank / (count + 1), float(low), float(high)
+
+    def describe(self) -> str:
+        """The image threshold, and the false alarms that are to be expected, in a line."""
+        count, quantile = len(self.image_scores), 1 - self.false_alarm
+        line = f"image threshold {self.thresholds().image:.4g}, for a false-alarm rate of {self.false_alarm:.3g}: "
+        if not self.held_out:
+            return line + (
+                f"a quantile of {count} training images, which the weights have seen; new good images score a "
+                "little higher: --holdout 0.2 tells how many are called defective"
+            )
+        rank = self.rank(quantile)
+        mean, low, high = self.expected_false_alarms(min(rank, count))
+        line += (
+            f"expect {mean:.1%} of new good images to be called defective (95 % interval {low:.1%} to "
+            f"{high:.1%}), by {count} held-out ones"
         )
+        if rank > count:
+            needed = math.ceil(quantile / (1 - quantile) - 1e-9)
+            line += f", which are too few: it is their largest score; hold out {needed}"
+        return line
 
     def color_scale(self) -> tuple[float, float]:
         """(lowest, highest) score of a color scale on which good images look good."""
@@ -645,9 +718,13 @@ class Calibration:
     @classmethod
     def from_dict(cls, given: object) -> Calibration:
         """Raises ValueError unless `given` is what `dataclasses.asdict` gives."""
-        if not isinstance(given, dict) or given.keys() != {"image_scores", "pixel_scores"}:
+        names, more = {"image_scores", "pixel_scores"}, {"held_out", "false_alarm"}
+        if not isinstance(given, dict) or not names <= given.keys() <= names | more:
             raise ValueError("not a calibration")
-        for scores in given.values():
+        rate = given.get("false_alarm", FALSE_ALARM)
+        if type(given.get("held_out", False)) is not bool or not is_rate(rate):
+            raise ValueError("no false-alarm rate")
+        for scores in (given[name] for name in names):
             if not (isinstance(scores, list) and scores and all(isinstance(x, float) for x in scores)):
                 raise ValueError("not a list of scores")
             if not np.isfinite(scores).all() or (np.diff(scores) < 0).any():
@@ -655,6 +732,11 @@ class Calibration:
         if len(given["pixel_scores"]) != len(LEVELS):
             raise ValueError("wrong number of scores")
         return cls(**given)
+
+
+def is_rate(given: object) -> bool:
+    """Whether `given` is what --falseAlarm takes."""
+    return isinstance(given, float) and LOWEST_RATE <= given <= 1
 
 
 def calibrate(
@@ -696,30 +778,37 @@ def distribution(scored: Scored) -> Calibration:
 
 
 def choose_thresholds(
-    choice: str, metrics: dict, calibration: Calibration | None, quantiles: tuple[float, float]
+    choice: str,
+    metrics: dict,
+    calibration: Calibration | None,
+    quantiles: tuple[float, float | None] = (PIXEL_QUANTILE, IMAGE_QUANTILE),
 ) -> Thresholds:
-    """`--threshold`: f1, quantile, or a number for pixels and images alike.
+    """`--threshold`: quantile, none, f1, recall, or a number for pixels and images alike.
+
+    quantile: of good pixels and of good images.  none: just above the highest of them.  f1: the best F1 on the
+    test images.  recall: the highest image threshold that misses no defective test image, with f1's for pixels.
 
     Args:
         metrics: of the checkpoint.
-        quantiles: of good pixels and of good images.
+        quantiles: of good pixels and of good images; None: as `Calibration.thresholds`.
 
     Raises:
         InputError: the checkpoint does not hold what the choice needs.
     """
-    if choice == "quantile":
+    if choice in ("quantile", "none"):
         if calibration is None:
             raise InputError(
                 "the checkpoint has no scores of good images; fit it on at least two, or use --threshold f1 "
                 "or a number"
             )
-        return calibration.thresholds(*quantiles)
-    if choice == "f1":
-        pixel, image = metrics.get("pixel_threshold"), metrics.get("image_threshold")
+        return calibration.no_false_alarm() if choice == "none" else calibration.thresholds(*quantiles)
+    if choice in ("f1", "recall"):
+        name = "image_threshold" if choice == "f1" else "image_recall_threshold"
+        pixel, image = metrics.get("pixel_threshold"), metrics.get(name)
         if image is None:
             raise InputError(
-                "--threshold f1 needs defective and good test images, which the checkpoint's data set lacks; "
-                "use --threshold quantile or a number"
+                f"--threshold {choice} needs defective and good test images, which the checkpoint's data set "
+                "lacks; use --threshold quantile or a number"
             )
         return Thresholds(image if pixel is None else pixel, image)
     try:
@@ -727,7 +816,7 @@ def choose_thresholds(
     except ValueError:
         value = float("nan")
     if not np.isfinite(value):
-        raise InputError(f"--threshold {choice}: use f1, quantile or a number")
+        raise InputError(f"--threshold {choice}: use quantile, none, f1, recall or a number")
     return Thresholds(value, value)
 
 
@@ -735,7 +824,8 @@ def add_threshold_flags(parser: argparse._ActionsContainer) -> None:
     """The flags of `choose_thresholds`."""
     parser.add_argument(
         "--threshold", default="quantile",
-        help="quantile: of the scores of good images; f1: where F1 is best on the test images; or a number",
+        help="quantile: of the scores of good images; none: above all of them; f1: where F1 is best on the test "
+        "images; recall: where none of their defective images is missed; or a number",
     )  # fmt: skip
     parser.add_argument(
         "--pixelQuantile", type=fraction, default=PIXEL_QUANTILE,
@@ -745,6 +835,24 @@ def add_threshold_flags(parser: argparse._ActionsContainer) -> None:
         "--imageQuantile", type=fraction, default=IMAGE_QUANTILE,
         help="share of good images that stay below --threshold quantile",
     )  # fmt: skip
+
+
+def named_thresholds(metrics: dict, calibration: Calibration | None) -> dict[str, dict]:
+    """Pixel and image threshold of each choice of `choose_thresholds` that can be had, and what it means."""
+    rate = FALSE_ALARM if calibration is None else calibration.false_alarm
+    good = "held-out" if calibration is not None and calibration.held_out else "training"
+    meanings = {
+        "quantile": f"a share of {rate:g} of good images is called defective, by {good} images",
+        "none": f"no false alarm on {good} images",
+        "f1": "best F1 on the test images",
+        "recall": "no defective test image is missed",
+    }
+    named = {}
+    for choice, meaning in meanings.items():
+        with contextlib.suppress(InputError):
+            thresholds = choose_thresholds(choice, metrics, calibration)
+            named[choice] = {**asdict(thresholds), "meaning": meaning}
+    return named
 
 
 @dataclass

@@ -5,6 +5,7 @@
     python train.py --cls screw --encoder none --numLayer 4 --augment none --gpu cpu
     python train.py --cls screw --encoder none --score bank            # parts at any angle
     python train.py --cls tile --encoderWeights resnet18-f37072fd.pth  # without network
+    python train.py --good my_parts/good --encoder none --holdout 0.2  # a folder of good images is enough
     python train.py --cls tile wood carpet                             # one after the other; also: all
     python train.py --config saveDir/tile-.../config.json --seed 1     # the flags of another run
     python train.py --resume saveDir/tile-20260101-120000              # what a stopped run still lacks
@@ -21,8 +22,9 @@ import importlib.util
 import math
 import shlex
 import sys
+import time
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,16 +37,30 @@ import figures
 from dataset import (
     CACHES,
     DATASETS,
+    MOST_HOLDOUT,
     AnomalyClass,
     Augmentation,
     Images,
+    TestImage,
+    hold_out,
+    is_flat,
     list_classes,
     normalize,
     open_class,
+    open_folders,
     recognize,
     training_order,
 )
-from metrics import TABLE_METRICS, evaluate_maps, mean_row, metric_labels, result_table
+from metrics import (
+    METRICS,
+    TABLE_METRICS,
+    GroundTruth,
+    Metrics,
+    evaluate_maps,
+    mean_row,
+    metric_labels,
+    result_table,
+)
 from model import (
     CONTRASTS,
     ENCODER_BNS,
@@ -58,15 +74,19 @@ from model import (
     training_loss,
 )
 from scorer import (
+    FALSE_ALARM,
     LAST_FILE,
+    LOWEST_RATE,
     Scored,
     ScoreOptions,
     Scorer,
     TestSet,
     add_score_flags,
     check_score_flags,
+    empty_scores,
     fit_all,
     load_checkpoint,
+    named_thresholds,
     save_checkpoint,
     score_all,
 )
@@ -101,7 +121,7 @@ from util import (
     size_text,
     start_log,
     whole_number,
-    why_no_cuda,
+    without_cuda,
     world_size,
     write_csv,
     write_json,
@@ -109,6 +129,9 @@ from util import (
 
 STATE_FILE, RESULT_FILE = "state.pt", "result.json"
 STEPS_BETWEEN_LOOKS = 50  # at the loss, for which the host waits on CUDA
+FIRST_LOOKS = (1, 10)  # after the step that prepares much, and when the log says how long the run takes
+# Flags that came after the first trainings: what these wrote lacks them, and has their defaults.
+ADDED_FLAGS = ("good", "bad", "masks", "holdout", "falseAlarm")
 
 # The official program's choices by class, where a flag says auto.
 AUTO_NUM_LAYER = {"metal_nut": 8, "carpet": 8, "transistor": 8, "screw": 2}
@@ -116,7 +139,9 @@ AUTO_SVN = ("carpet", "grid", "bottle", "transistor")
 AUTO_IMAGE_SIZE = {"none": 256, "resnet18": 1024, "resnet34": 1024}
 
 # What may change when a run is resumed: where it computes, where its data are, and how long it goes on.
-FREE_ON_RESUME = ("resume", "config", "datapath", "gpu", "numWorkers", "cache", "tensorboard", "epochs")
+FREE_ON_RESUME = (
+    "resume", "config", "datapath", "good", "bad", "masks", "gpu", "numWorkers", "cache", "tensorboard", "epochs",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -154,6 +179,9 @@ def train_class(args: Namespace, device: torch.device, stored: dict | None = Non
         data.train, config.image_size, args.cache, device, args.numWorkers, "training images"
     )
     test_set = TestSet.load(data, config, args.cache, args.numWorkers, device)
+    held_out = Images(
+        data.held_out, config.image_size, args.cache, device, args.numWorkers, "held-out images"
+    )
     steps = len(share(range(len(data.train) // args.batchSize), equal=True))
     optimizer = make_optimizer(model, args)
     scheduler = make_scheduler(optimizer, args, steps)
@@ -163,6 +191,7 @@ def train_class(args: Namespace, device: torch.device, stored: dict | None = Non
     network, evaluated = data_parallel(model), None
     with Run(args, config, data, state, device) as run, StopSignals() as stop:
         run.say(remarks(args, config, data, device, augment))
+        pace = Pace(steps * (args.epochs + 1 - state.epoch), args.batchSize * world_size(), run.say)
         try:
             for epoch in range(state.epoch, args.epochs + 1):
                 clock = Clock(device)
@@ -170,18 +199,19 @@ def train_class(args: Namespace, device: torch.device, stored: dict | None = Non
                     order = share(training_order(len(train_set), args.batchSize), equal=True)
                     batches = train_set.batches(order, augment, epoch)
                     bar = progress(batches, f"epoch {epoch}/{args.epochs}", len(order))
-                    loss = train_one_epoch(network, model, optimizer, scheduler, bar, args, stop)
+                    loss = train_one_epoch(network, model, optimizer, scheduler, bar, args, stop, pace)
                 average(model.buffers())  # in training nothing reads the running statistics
                 if epoch % args.evalEvery == 0 or epoch == args.epochs:
-                    evaluated = evaluate(model, train_set, test_set, args, clock)
+                    evaluated = evaluate(model, train_set, test_set, args, clock, held_out)
                     state.add_rows([scorer for scorer, _ in evaluated], epoch, loss, clock)
+                    pace.evaluated(clock, evaluations_left(args, epoch))
                     run.record(evaluated[-1][0])
                 run.say([epoch_line(epoch, loss, state.rows, args, clock)])
                 state.epoch = epoch + 1
                 run.save_state()
                 stop.check()
-            evaluated = evaluated or evaluate(model, train_set, test_set, args, Clock(device))
-            run.finish(test_set, *evaluated[-1])
+            evaluated = evaluated or evaluate(model, train_set, test_set, args, Clock(device), held_out)
+            run.finish(evaluated[-1][0], *what_to_show(test_set, train_set, held_out, evaluated))
         except KeyboardInterrupt:
             raise Interrupted(f"stopped in epoch {state.epoch}{run.how_to_resume()}") from None
     return state.rows[-1]
@@ -195,6 +225,7 @@ def train_one_epoch(
     batches: Iterable[Tensor],
     args: Namespace,
     stop: StopSignals,
+    pace: Pace | None = None,
 ) -> float:
     """One pass over the training images; the mean loss.
 
@@ -206,7 +237,7 @@ def train_one_epoch(
         DivergedError: the loss is no longer finite.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    losses = LossMeter(batches)
+    losses = LossMeter(batches, pace)
     model.train()
     for images in batches:
         latents, logdets = network(normalize(images), args.loss == "likelihood")
@@ -222,16 +253,23 @@ def train_one_epoch(
 
 
 def evaluate(
-    model: PyramidFlow, train_set: Images, test_set: TestSet, args: Namespace, clock: Clock
-) -> list[tuple[Scorer, Scored]]:
+    model: PyramidFlow, train_set: Images, test_set: TestSet, args: Namespace, clock: Clock,
+    held_out: Images | None = None,
+) -> list[tuple[Scorer, Scored]]:  # fmt: skip
     """Scorers of the weights as they are, with the maps of the test images; --score's comes last.
+
+    Without test images all metrics are None.
 
     Raises:
         DivergedError: a score is not finite.
     """
     options = [ScoreOptions(), ScoreOptions.from_flags(args)][args.score == "paper" :]
     with clock.part("template"):
-        scorers = fit_all(model, train_set, options, args.template, args.cls[0], vars(args))
+        scorers = fit_all(model, train_set, options, args.template, args.cls[0], vars(args), held_out)
+    if not len(test_set.images):
+        for option, scorer in zip(options, scorers, strict=True):
+            scorer.metrics = {"score": option.score, **asdict(Metrics())}
+        return [(scorer, empty_scores(scorer.device)) for scorer in scorers]
     with clock.part("test"):
         scored = score_all(scorers, test_set.images)
     for option, scorer, (maps, scores) in zip(options, scorers, scored, strict=True):
@@ -241,19 +279,50 @@ def evaluate(
     return list(zip(scorers, scored, strict=True))
 
 
+def what_to_show(
+    test_set: TestSet, train_set: Images, held_out: Images, evaluated: list[tuple[Scorer, Scored]]
+) -> tuple:
+    """Test set, scores, scorer and name for the figures: of good images where there are no test images.
+
+    Of training images the maps are those of the first scorer, the paper's: in a bank an image would be
+    compared with itself.
+    """
+    scorer, scored = evaluated[-1]
+    if len(test_set.images):
+        return test_set, scored, scorer, "test images"
+    if held_out:
+        images, shown, scored = held_out, "held-out images", scorer.score_all(held_out, "figures")
+    else:
+        images, shown, scorer = (
+            train_set,
+            "training images, each left out of the template",
+            evaluated[0][0],
+        )
+        maps = scorer.score_all(images, "figures").maps
+        scored = Scored(maps, torch.tensor(scorer.calibration.image_scores, device=maps.device))
+    paths = [TestImage(path, "good", None) for path in images.paths]
+    data = AnomalyClass(scorer.class_name, [], paths)
+    truth = GroundTruth.from_masks(data.defective, None, scorer.device)
+    return TestSet(data, images, truth), scored, scorer, shown
+
+
 class LossMeter:
     """Collects losses on the device, and looks at them now and then: shown on the bar, and checked.
 
     Args:
         bar: the progress bar of the batches.
+        pace: of the run, shown with the loss.
     """
 
-    def __init__(self, bar):
-        self._bar, self._losses, self._waiting = bar, [], []
+    def __init__(self, bar, pace: Pace | None = None):
+        self._bar, self._losses, self._waiting, self._pace = bar, [], [], pace
+        if pace:
+            pace.start()
 
     def add(self, loss: Tensor) -> None:
         self._waiting.append(loss.detach())
-        if loss.device.type == "cpu" or len(self._waiting) == STEPS_BETWEEN_LOOKS:
+        often = loss.device.type == "cpu" or len(self._waiting) == STEPS_BETWEEN_LOOKS
+        if often or len(self._losses) + len(self._waiting) in FIRST_LOOKS:
             self._look()
 
     def mean(self) -> float:
@@ -265,13 +334,79 @@ class LossMeter:
         return float(mean)
 
     def _look(self) -> None:
-        for loss in torch.stack(self._waiting).tolist() if self._waiting else ():
+        losses = torch.stack(self._waiting).tolist() if self._waiting else []  # the host waits
+        if self._pace:
+            self._pace.add(len(losses))
+        for loss in losses:
             self._losses.append(loss)
             if not math.isfinite(loss):
                 raise DivergedError(f"the loss became {loss} at step {len(self._losses)} of the epoch")
             if hasattr(self._bar, "set_postfix_str"):
-                self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+                pace = f", {self._pace}" if self._pace else ""
+                self._bar.set_postfix_str(f"loss {loss:.4f}{pace}", refresh=False)
         self._waiting.clear()
+
+
+class Pace:
+    """How fast a run trains, and how long it will take.
+
+    Args:
+        steps: that are left, of all epochs.
+        images: of each step, over all processes.
+        say: takes lines for the log.
+    """
+
+    def __init__(self, steps: int, images: int, say: Callable[[list[str]], None]):
+        self._left, self._images, self._say = steps, images, say
+        self._timed, self._seconds, self._mark = 0, 0.0, None
+        self._evaluations = 0.0  # seconds
+        self._is_first, self._is_said = True, False
+
+    def start(self) -> None:
+        """The clock runs from now on: an epoch begins."""
+        self._mark = time.perf_counter()
+
+    def add(self, steps: int) -> None:
+        """So many steps have been done since the last call, or since the start."""
+        now = time.perf_counter()
+        if not self._is_first:  # it prepares much: kernels are chosen, memory is got
+            self._timed, self._seconds = self._timed + steps, self._seconds + now - self._mark
+        self._left, self._mark, self._is_first = self._left - steps, now, False
+        if self._timed + 1 >= FIRST_LOOKS[-1] and not self._is_said:
+            self._is_said = True
+            self._say([f"about {duration(self.seconds_left)} of training are left, without evaluations"])
+
+    def evaluated(self, clock: Clock, left: int) -> None:
+        """An epoch was evaluated, and `left` more will be."""
+        spent = sum(seconds for name, seconds in clock.seconds.items() if name != "training")
+        if left and not self._evaluations and self._timed:
+            total = self.seconds_left + spent * left
+            self._say([f"about {duration(total)} are left, {left} evaluations included"])
+        self._evaluations = spent * left
+
+    @property
+    def seconds_left(self) -> float:
+        return self._left * self._seconds / max(1, self._timed) + self._evaluations
+
+    def __str__(self) -> str:
+        if not self._timed:
+            return "?"
+        rate = self._timed * self._images / max(self._seconds, 1e-9)
+        return f"{rate:.3g} images/s, {duration(self.seconds_left)} left"
+
+
+def duration(seconds: float) -> str:
+    """Two units of time: 2 h 05 min, 3 min 20 s, 7 s."""
+    seconds = round(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
+    return f"{seconds // 60} min {seconds % 60:02} s" if seconds >= 60 else f"{seconds} s"
+
+
+def evaluations_left(args: Namespace, epoch: int) -> int:
+    """Of the epochs after this one."""
+    later = range(epoch + 1, args.epochs + 1)
+    return sum(e % args.evalEvery == 0 or e == args.epochs for e in later)
 
 
 def make_optimizer(model: PyramidFlow, args: Namespace) -> torch.optim.Optimizer:
@@ -303,6 +438,10 @@ def make_scheduler(
 
 def train_classes(args: Namespace, device: torch.device) -> None:
     """One run for each class, then a table of all; a class that fails does not stop the others."""
+    if folder := folder_of_good(args):
+        raise InputError(
+            f"{folder} holds the good images of one class; give --cls one name, or leave it out"
+        )
     datapath = Path(args.datapath)
     classes = (
         list_classes(datapath, recognize(datapath, args.dataset)) if "all" in args.cls else args.cls
@@ -389,7 +528,15 @@ class State:
             check_moments(self._parts["model"], stored["optimizer"])
             for name, part in self._parts.items():
                 part.load_state_dict(stored[name])
-            self.epoch, self.rows = stored["epoch"], stored["rows"]
+            names = (
+                "epoch",
+                "loss",
+                "score",
+                *asdict(Metrics()),
+                "seconds",
+            )  # rows of old runs lack some
+            self.epoch = stored["epoch"]
+            self.rows = [{**dict.fromkeys(names), **row} for row in stored["rows"]]
             torch.set_rng_state(stored["random_state"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
             raise InputError(
@@ -420,6 +567,7 @@ class Run:
 
     def __init__(self, args, config: PyramidFlowConfig, data: AnomalyClass, state: State, device):
         self.args, self.state, self.folder, self.log, self._board = args, state, None, None, None
+        self.has_test = bool(data.test)
         if not is_main():
             return
         if args.resume is None:
@@ -428,7 +576,8 @@ class Run:
             self.folder = Path(args.resume)
         self.log = start_log(self.folder / "log.txt", describe_environment(device))
         if args.resume is None:
-            counts = {"training_images": len(data.train), "test_images": len(data.test)}
+            parts = {"training": data.train, "test": data.test, "held_out": data.held_out}
+            counts = {f"{name}_images": len(paths) for name, paths in parts.items()}
             write_json(
                 self.folder / "config.json",
                 {"settings": vars(args), "model": config.to_dict(), **counts},
@@ -474,27 +623,41 @@ class Run:
         for metric in self._selection():
             if self._best(metric) is scorer.metrics:
                 scorer.save(self.folder / f"best_{metric}.pt")
-        write_csv(self.folder / "metrics.csv", self.state.rows)
+        write_csv(self.folder / "metrics.csv", list(map(self._shown, self.state.rows)))
         for key, value in scorer.metrics.items() if self._board else ():
             if isinstance(value, float):
                 self._board.add_scalar(key, value, scorer.metrics["epoch"])
 
-    def finish(self, test_set: TestSet, scorer: Scorer, scored: Scored) -> None:
-        """The figures of the last epoch, result.json, and the table."""
+    def finish(
+        self, scorer: Scorer, test_set: TestSet, scored: Scored, drawn: Scorer, shown: str
+    ) -> None:
+        """The figures of the last epoch, result.json, and the table.
+
+        Args:
+            scorer: of the last epoch.
+            test_set, scored, drawn, shown: as `what_to_show` gives them.
+        """
         if not self.log:
             return
         folder, rows = self.folder / "pictures", self._rows()
-        figures.save_evaluation(folder, test_set, scored, scorer, self.args.proLimit)
+        figures.save_evaluation(folder, test_set, scored, drawn, self.args.proLimit, shown)
         figures.save_curves(folder / "curves.png", rows, self.args.proLimit)
         if self._board:
             for path in sorted(folder.rglob("*.png")):
                 name = str(path.relative_to(folder).with_suffix(""))
                 self._board.add_image(name, figures.read(path), rows[-1]["epoch"], dataformats="HWC")
             self._board.close()
-        write_json(self.folder / RESULT_FILE, self._result())
-        self.say([f"\n{self._table()}", f"\nwritten to {self.folder}"])
+        named = named_thresholds(scorer.metrics, scorer.calibration)
+        write_json(self.folder / RESULT_FILE, {**self._result(), "thresholds": named})
+        if self.has_test:
+            self.say([f"\n{self._table()}"])
+        self.say([f"\n{scorer.calibration.describe()}", f"written to {self.folder}"])
         checkpoint = shlex.quote(str(self.folder / LAST_FILE))
         self.say([f"to use it: python predict.py {checkpoint} IMAGES --out predictions"])
+
+    def _shown(self, row: dict) -> dict:
+        """Without test images, without metrics."""
+        return row if self.has_test else {k: v for k, v in row.items() if k not in asdict(Metrics())}
 
     def _rows(self, score: str | None = None) -> list[dict]:
         return [row for row in self.state.rows if row["score"] == (score or self.args.score)]
@@ -507,7 +670,10 @@ class Run:
         for metric in ("pixel_auroc", "pixel_pro", "image_auroc"):
             if last[metric] is not None:
                 shown[f"best_{metric}"] = {**self._best(metric), "chosen_on": f"test set, by {metric}"}
-        shown = {name: {k: v for k, v in row.items() if k != "seconds"} for name, row in shown.items()}
+        shown = {
+            name: {k: v for k, v in self._shown(row).items() if k != "seconds"}
+            for name, row in shown.items()
+        }
         return {"class": self.args.cls[0], "seed": self.args.seed, "score": self.args.score, **shown}
 
     def _table(self) -> str:
@@ -531,16 +697,22 @@ class Run:
         return defined or [m for m in ("image_auroc",) if last[m] is not None]
 
     def _best(self, metric: str) -> dict:
-        return max(self._rows(), key=lambda row: row[metric])
+        return max(self._rows(), key=lambda row: -1 if row[metric] is None else row[metric])
 
 
 def remarks(args, config: PyramidFlowConfig, data: AnomalyClass, device, augment) -> list[str]:
     """What a user should know before it starts."""
     lines = [f"class {data.name}: {warning}" for warning in data.warnings]
-    if device.type == "cpu" and args.gpu != "cpu":
-        lines.append(f"no CUDA device ({why_no_cuda()}): running on the CPU")
+    lines += without_cuda(device, args.gpu)
+    if not data.test:
+        lines.append(
+            f"class {data.name}: no test images: no metrics can be had, thresholds come of good images alone"
+        )
+    elif not any(not image.defective for image in data.test):
+        lines.append(f"class {data.name}: no good test images; --holdout 0.2 gives some")
+    held_out = f", {len(data.held_out)} good ones held out," if data.held_out else ""
     lines.append(
-        f"class {data.name}: {len(data.train)} training and {len(data.test)} test images at "
+        f"class {data.name}: {len(data.train)} training and {len(data.test)} test images{held_out} at "
         f"{size_text(config.image_size)}; encoder {config.encoder}, {config.num_level} levels, "
         f"{config.num_stack} stacks, {config.volume_norm}, {args.precision}, "
         + (f"augmented by {augment.description}" if augment else "not augmented")
@@ -559,8 +731,9 @@ def epoch_line(epoch: int, loss: float, rows: list[dict], args: Namespace, clock
     """Of the log: the metrics where they were taken."""
     line = f"epoch {epoch}: loss {loss:.4f}"
     if rows and rows[-1]["epoch"] == epoch:
-        labels = metric_labels(args.proLimit)
-        line += "".join(f", {labels[key]} {percent(rows[-1][key])}" for key in TABLE_METRICS)
+        labels, row = metric_labels(args.proLimit), rows[-1]
+        keys = TABLE_METRICS if any(row[key] is not None for key in METRICS) else ()
+        line += "".join(f", {labels[key]} {percent(row[key])}" for key in keys)
     return f"{line}, {clock}"
 
 
@@ -596,7 +769,14 @@ def add_data_flags(parser: Parser) -> None:
     add("--cls", nargs="+", default=["tile"], metavar="CLASS",
         help="folders of --datapath, one run each; or all")
     add("--datapath", default="../mvtec_anomaly_detection",
-        help="folder of MVTec AD, BTAD, VisA, or data in MVTec's layout")
+        help="folder of MVTec AD, AD 2 or LOCO, BTAD, VisA, Real-IAD, or data in MVTec's layout")
+    add("--good", metavar="DIR",
+        help="folder of good images, instead of --datapath, which may also be one; its name is the class's")
+    add("--bad", metavar="DIR", help="with --good: folder of defective test images")
+    add("--masks", metavar="DIR", help="with --bad: folder of their masks, NAME_mask.png or NAME.png")
+    add("--holdout", type=_holdout, default="auto", metavar="SHARE",
+        help="of the good images that thresholds come from, and nothing else; auto: 0.1 of 50 or more if there "
+        "are no good test images, else 0")
     add("--dataset", choices=DATASETS, default="auto", help="layout; auto recognizes it")
     add("--imageSize", type=_size, nargs="+", default=["auto"], metavar="N",
         help="input size, one number or H W; auto: 256 with --encoder none, else 1024")
@@ -658,6 +838,8 @@ def add_running_flags_of_training(parser: Parser) -> None:
     """The score, where it runs, and what it writes."""
     group = parser.add_argument_group("score")
     add_score_flags(group)
+    group.add_argument("--falseAlarm", type=number(LOWEST_RATE, 1), default=FALSE_ALARM, metavar="RATE",
+        help="share of good images that the default threshold may call defective")
     group.add_argument("--proLimit", type=number(0, 1, above=True), default=0.3,
         help="false-positive rate up to which the second PRO integrates")
 
@@ -679,12 +861,48 @@ def _size(text: str) -> int | str:
     return "auto" if text == "auto" else whole_number(1, 2**14)(text)
 
 
+def _holdout(text: str) -> float | str:
+    return "auto" if text == "auto" else number(0, MOST_HOLDOUT)(text)
+
+
 def parse_arguments(argv: list[str] | None = None) -> Namespace:
     """All flags: of the command line, of its --config, and defaults."""
     parser = make_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
     config = parser.parse_args(argv).config
-    return parser.parse_args([*(config_arguments(parser, Path(config)) if config else ()), *argv])
+    words = [*(config_arguments(parser, Path(config)) if config else ()), *argv]
+    args = parser.parse_args(words)
+    if (folder := folder_of_good(args)) and "cls" not in given_flags(words):
+        name = folder.resolve().name
+        args.cls = ["images" if name in ("", "all") else name]
+    return args
+
+
+def folder_of_good(args: Namespace) -> Path | None:
+    """The folder that holds the good images itself: --good, or a --datapath that holds images and no classes."""
+    datapath = Path(args.datapath)
+    if args.good is None:
+        return datapath if is_flat(datapath, args.dataset) else None
+    return Path(args.good)
+
+
+def open_data(args: Namespace) -> AnomalyClass:
+    """The files of the class, as the flags say.
+
+    Raises:
+        InputError: they do not fit together, or something is missing.
+    """
+    folder = folder_of_good(args)
+    bad, masks = (None if path is None else Path(path) for path in (args.bad, args.masks))
+    if masks and not bad:
+        raise InputError("--masks belong to the images of --bad; give both")
+    if folder is None:
+        if bad:
+            raise InputError("--bad needs the folder of the good images; give it by --good")
+        data = open_class(Path(args.datapath), args.cls[0], args.dataset, need_test=False)
+    else:
+        data = open_folders(args.cls[0], folder, bad, masks)
+    return hold_out(data, args.holdout, args.seed)
 
 
 def config_arguments(parser: Parser, path: Path) -> list[str]:
@@ -784,7 +1002,7 @@ def check_class(args: Namespace) -> AnomalyClass:
     check_score_flags(args)
     if args.resume is None:
         check_writable(Path(args.saveDir))
-    data = open_class(Path(args.datapath), args.cls[0], args.dataset)
+    data = open_data(args)
     count, batch = len(data.train), args.batchSize
     if count < 2:
         raise InputError(f"class {data.name} has {count} training images; add some, at least 2")
@@ -820,6 +1038,9 @@ def load_state(folder: Path) -> dict:
             f"--resume {folder}: no {STATE_FILE} in it; choose a run's folder, or start again"
         )
     content = load_checkpoint(folder / STATE_FILE)
+    if isinstance(content.get("settings"), dict):
+        for name in ADDED_FLAGS:
+            content["settings"].setdefault(name, make_parser().get_default(name))
     names = {action.dest for action in make_parser()._actions} - {"help"}
     types = {"settings": dict, "training_images": str, "processes": int, "epoch": int, "rows": list,
              "model": dict, "optimizer": dict, "scheduler": dict, "random_state": Tensor}  # fmt: skip

@@ -254,6 +254,13 @@ def why_no_cuda() -> str:
     return "no NVIDIA driver or no GPU was found"
 
 
+def without_cuda(device: torch.device, gpu: str) -> list[str]:
+    """A line that says why it runs on the CPU, if that was not asked for by --gpu."""
+    if device.type != "cpu" or gpu == "cpu":
+        return []
+    return [f"no CUDA device ({why_no_cuda()}): running on the CPU"]
+
+
 def describe_environment(device: torch.device) -> list[str]:
     """Versions and hardware, a line each."""
     cpu = next(

@@ -170,7 +170,7 @@ def test_the_image_label_comes_from_the_folder():
 
 
 def assert_pixels_undefined(metrics):
-    of_images = {"image_auroc", "image_ap", "image_f1_max", "image_threshold"}
+    of_images = {"image_auroc", "image_ap", "image_f1_max", "image_threshold", "image_recall_threshold"}
     assert all((value is not None) == (key in of_images) for key, value in vars(metrics).items())
 
 
@@ -217,7 +217,12 @@ def test_shapes_that_disagree_are_refused():
 
 
 def test_labels_follow_the_limit_and_every_metric_has_one():
-    assert [*vars(Metrics())] == [*METRICS, "pixel_threshold", "image_threshold"]
+    assert [*vars(Metrics())] == [
+        *METRICS,
+        "pixel_threshold",
+        "image_threshold",
+        "image_recall_threshold",
+    ]
     assert metric_labels() == METRICS
     assert metric_labels(0.05) == {**METRICS, "pixel_pro_limited": "PRO@0.05"}
 

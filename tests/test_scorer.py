@@ -406,8 +406,8 @@ def test_the_choices_of_a_threshold():
     [
         ("quantile", "fit it on at least two"),
         ("f1", "use --threshold quantile or a number"),
-        ("high", "use f1, quantile or a number"),
-        ("nan", "use f1, quantile or a number"),
+        ("high", "use quantile, none, f1, recall or a number"),
+        ("nan", "use quantile, none, f1, recall or a number"),
     ],
 )
 def test_a_threshold_that_cannot_be_had(choice, message):

@@ -60,7 +60,7 @@ def test_a_run_from_the_command_line(tmp_path):
     assert config["model"]["num_level"] == 2
 
     rows = list(csv.DictReader((run / "metrics.csv").open()))
-    thresholds = ["pixel_threshold", "image_threshold"]
+    thresholds = ["pixel_threshold", "image_threshold", "image_recall_threshold"]
     assert list(rows[0]) == ["epoch", "loss", "score", *METRICS, *thresholds, "seconds"]
     assert [row["epoch"] for row in rows] == ["1", "2"]
     result = json.loads((run / "result.json").read_text())
@@ -518,11 +518,6 @@ def test_no_training_images(tmp_path, run_main):
 def test_one_training_image(tmp_path, run_main):
     make_class(tmp_path / "data", num_train=1)
     assert_refused(tmp_path, run_main(train.main, flags(tmp_path)), "add some, at least 2")
-
-
-def test_no_test_images(tmp_path, run_main):
-    make_class(tmp_path / "data", num_test=0)
-    assert_refused(tmp_path, run_main(train.main, flags(tmp_path)), "no test images")
 
 
 def test_truncated_image(tmp_path, run_main, widget):
