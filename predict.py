@@ -6,7 +6,8 @@
     python predict.py saveDir/tile-.../last.pt --template template.png
 
 Written to --out, a new folder: overlays/*.png; maps/*.tiff, float32 at the image's own size, as MVTec's
-evaluator reads them; masks/*.png; and when all is done scores.csv (path, score, decision, threshold, map).
+evaluator reads them; masks/*.png; and when all is done scores.csv (path, score, decision, threshold, map) and
+report.html, which shows the images sorted by score, with a threshold to move.
 Images may have any size and mode; those that cannot be read are listed at the end, and the exit code is 1.
 """
 
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import report
 from dataset import IMAGE_SUFFIXES, list_images, look_ahead, read_image
 from export import OnnxScorer
 from figures import file_name, overlay, to_picture
@@ -222,6 +224,7 @@ def predict(
             defective += sum(row["decision"] == "defective" for row in rows)
             writer.start(batch)
         writer.wait()
+    report.save_predictions(writer.report, args.out / report.FILE, scorer, vars(args))
     count = len(items) - len(unreadable)
     rate = count / (time.perf_counter() - start)
     print(
@@ -267,6 +270,7 @@ class Writer:
         self._scale = (0.0, 2 * abs(thresholds.pixel) + 1e-12)
         if scorer.calibration:
             self._scale = scorer.calibration.color_scale()
+        self.report = report.start_predictions(scorer, thresholds, self._scale)
 
     def row(self, image: Loaded, score: float) -> dict:
         """Of scores.csv."""
@@ -280,6 +284,7 @@ class Writer:
         """Write in the background, after the batch before: the next one can be scored meanwhile."""
         self.wait()
         self._writing = [self._pool.submit(self.write, image, anomaly) for image, anomaly, _ in batch]
+        self._writing += [self._pool.submit(self._add_to_report, *one) for one in batch]
 
     def wait(self) -> None:
         """Until all is written; raises what writing raised."""
@@ -296,6 +301,10 @@ class Writer:
         self._save(full, _place("maps", name, ".tiff"), format="tiff")
         self._save(shown, _place("overlays", name, ".png"), format="png", compress_level=1)
         self._save(mask, _place("masks", name, ".png"), format="png", compress_level=1)
+
+    def _add_to_report(self, image: Loaded, anomaly: np.ndarray, score: float) -> None:
+        threshold = self._thresholds.pixel
+        self.report.add_prediction(image.item.path, image.original, anomaly, score, threshold)
 
     def _save(self, picture: Image.Image, place: Path, **options) -> None:
         path = self._out / place
