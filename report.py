@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import heapq
 import io
+import os
 import secrets
 import threading
 from collections.abc import Iterable, Sequence
@@ -36,7 +37,7 @@ PICTURE_BYTES, QUALITIES = 6000, (80, 65, 50, 35, 20)
 MOST_TILES = 1000  # beyond, those with the highest scores; counts are of all images
 BINS, CURVE_POINTS = 40, 300
 WIDTH, HEIGHT = 320, 220  # of a chart, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 40, 310, 12, 184  # of what is drawn in it
+LEFT, RIGHT, TOP, BOTTOM = 48, 310, 12, 184  # of what is drawn in it
 
 
 # ------------------------------------------------------------------------------------ pictures
@@ -241,7 +242,7 @@ class Report:
         self, path: Path, kind: str, defective: bool | None, score: float, image: np.ndarray,
         anomaly: np.ndarray, masks: dict[str, np.ndarray],
     ) -> None:  # fmt: skip
-        """Take one image.
+        """Take one image; its pictures are made if it is among those shown so far.
 
         Args:
             defective: its label; None if it has none.
@@ -249,6 +250,12 @@ class Report:
             anomaly: its map, float32 (H,W) of any size.
             masks: bool (H,W) by what they are called.
         """
+        name = text(path)
+        with self._lock:
+            self._items.append((score, name, text(kind), defective))
+            number = len(self._items)
+            if len(self._kept) >= MOST_TILES and score <= self._kept[0][0]:
+                return
         small = thumbnail(image)
         size = small.shape[1::-1]
         fine = np.asarray(Image.fromarray(anomaly).resize(size, Image.Resampling.BILINEAR))
@@ -259,10 +266,8 @@ class Report:
             "map": jpeg_uri(colored(coarse, self.scale)),
             **{name: mask_uri(mask, size) for name, mask in masks.items()},
         }
-        name = text(path)
         with self._lock:
-            self._items.append((score, name, text(kind), defective))
-            heapq.heappush(self._kept, (score, name, len(self._items), pictures))
+            heapq.heappush(self._kept, (score, name, number, pictures))
             if len(self._kept) > MOST_TILES:
                 heapq.heappop(self._kept)
 
@@ -291,6 +296,8 @@ class Report:
         pictures = {number: shown for _, _, number, shown in self._kept}
         items = [(*item, pictures.get(i)) for i, item in enumerate(self._items, 1)]
         items.sort(key=lambda item: (-item[0], item[1]))
+        if self.group == "folder":
+            items = _below_common_folder(items)
         labeled = bool(items) and None not in [item[3] for item in items]
         low, high = self._range([item[0] for item in items])
         names = ("score", "name", "kind", "defective", "pictures")
@@ -328,6 +335,17 @@ def _page_template() -> jinja2.Template:
     )
     environment.policies["json.dumps_kwargs"] = {}  # pictures stay in their order
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _below_common_folder(items: list[tuple]) -> list[tuple]:
+    """Shorten the folders to what they differ in."""
+    folders = {folder for _, _, folder, *_ in items}
+    if len(folders) < 2 or len({os.path.isabs(folder) for folder in folders}) > 1:
+        return items
+    common = os.path.commonpath(folders)
+    return [
+        (score, name, os.path.relpath(folder, common), *rest) for score, name, folder, *rest in items
+    ]
 
 
 def _histogram(items: list[tuple], low: float, high: float, labeled: bool) -> dict:
@@ -382,7 +400,7 @@ def save_evaluation(
         presets["best F1"] = scorer.metrics["image_threshold"]
     presets = presets or {"median score": float(scored.scores.median())}
     scale = (scorer.calibration or distribution(scored)).color_scale()
-    page = Report(f"{test_set.data.name}: test images", scale, presets)
+    page = Report(f"{test_set.data.name}: test images, score {rows[-1]['score']}", scale, presets)
     maps, scores = (x.cpu() for x in scored)
     for i, image in enumerate(test_set.data.test):
         masks = {} if truth.masks is None else {"ground truth": truth.masks[i].cpu().numpy()}

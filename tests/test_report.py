@@ -94,7 +94,12 @@ def test_a_prediction_shows_what_its_table_says(predicted):
     assert {(t["name"], f"{t['score']:.6g}") for t in data["tiles"]} == {
         (row["path"], row["score"]) for row in rows
     }
-    assert {t["kind"] for t in data["tiles"]} == {str(Path(row["path"]).parent) for row in rows}
+    assert {t["kind"] for t in data["tiles"]} == {
+        "train/good",
+        "test/good",
+        "test/hole",
+        "ground_truth/hole",
+    }
     assert list(data["tiles"][0]["pictures"]) == ["image", "overlay", "map", "mask"]
 
 
@@ -332,11 +337,15 @@ def test_a_click_shows_all_pictures_and_the_keyboard_the_next_image(browser, eva
     from selenium.webdriver.common.keys import Keys
 
     page = Page(browser, evaluated / report.FILE)
-    page.browser.find_element("css selector", ".tile").send_keys(Keys.ENTER)
+    tile = page.browser.find_element("css selector", ".tile")
+    page.run("arguments[0].focus()", tile)
+    focused = page.run("return arguments[0].querySelector('img').src", tile)
+    assert focused == data_of(evaluated / report.FILE)["tiles"][0]["pictures"]["overlay"]
+    tile.send_keys(Keys.ENTER)
     shown = page.run(
         "return [...document.querySelectorAll('#pictures img')].map(i => [i.alt, i.naturalWidth])"
     )
-    assert [name for name, _ in shown] == ["image", "template", "overlay", "map", "ground truth"]
+    assert [name for name, _ in shown] == ["image", "mean template", "overlay", "map", "ground truth"]
     assert all(width > 0 for _, width in shown)
     tiles = data_of(evaluated / report.FILE)["tiles"]
     assert page.find("detail-name").text == tiles[0]["name"]
