@@ -5,7 +5,7 @@ RUN useradd --create-home --uid 1000 user && install --directory --owner user /a
 WORKDIR /app
 COPY requirements.txt ./
 RUN pip install --no-cache-dir --requirement requirements.txt
-COPY *.py ./
+COPY *.py *.j2 ./
 COPY paper_tables paper_tables
 USER user
 ENTRYPOINT ["python"]

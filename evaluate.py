@@ -1,4 +1,4 @@
-"""Evaluate a trained model on the test images of a class: the table, the metrics and the figures of train.py.
+"""Evaluate a trained model on the test images of a class: the table, metrics, figures and report of train.py.
 
     python evaluate.py saveDir/tile-.../last.pt --datapath ../mvtec_anomaly_detection
     python evaluate.py saveDir/screw-.../last.pt --score bank --numTemplate 64   # no training
@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import figures
+import report
 from dataset import CACHES, DATASETS, AnomalyClass, Images, hold_out, open_class
 from metrics import PRO_LIMIT, evaluate_maps, result_table
 from scorer import (
@@ -78,6 +79,8 @@ def main() -> None:
     if args.score is not None:
         scorers[-1].save(folder / "scorer.pt")
     figures.save_evaluation(folder / "pictures", test_set, scored[-1], scorers[-1], args.proLimit)
+    given = (rows, vars(args), args.proLimit)
+    report.save_evaluation(folder / report.FILE, test_set, scored[-1], scorers[-1], *given)
     log.info(result_table([(name, label(row, len(rows)), row) for row in rows], args.proLimit))
     log.info(f"\nPercent. Written to {folder}")
 

@@ -8,7 +8,8 @@
 
 Written to --out, a new folder: overlays/*.png; masks/*.png; maps/*.tiff, float32 at the image's own size, as
 MVTec's evaluator reads them; predict.json, what was asked for; and when all is done scores.csv, a row for each
-image, and defects.csv, a row for each region of a mask, its box without x1 and y1 themselves.
+image, defects.csv, a row for each region of a mask, its box without x1 and y1 themselves, and report.html, which
+shows the images of this call sorted by score, with a threshold to move.
 Images may have any size and mode; those that cannot be read are listed at the end, and the exit code is 1.
 """
 
@@ -31,6 +32,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import report
 from dataset import IMAGE_SUFFIXES, list_images, look_ahead, read_image
 from export import OnnxScorer
 from figures import file_name, overlay, to_picture, write_png, write_tiff
@@ -422,6 +424,8 @@ def predict(
                 f"{shlex.join(sys.argv)}{flag}"
             ) from None
     rate = (len(left) - len(unreadable)) / (time.perf_counter() - start)
+    if left:
+        report.save_predictions(writer.report, args.out / report.FILE, scorer, vars(args))
     defective, count = results.finish(items), len(items) - len(unreadable)
     print(
         f"{count} images, {defective} defective, {rate:.1f} images/s, written to {args.out}"
@@ -479,6 +483,7 @@ class Writer:
         self._scale = (0.0, 2 * abs(thresholds.pixel) + 1e-12)
         if scorer.calibration:
             self._scale = scorer.calibration.color_scale()
+        self.report = report.start_predictions(scorer, thresholds, self._scale)
 
     def start(self, batch: list[tuple[Loaded, np.ndarray, float]]) -> None:
         """Write in the background, after the batch before: the next one can be scored meanwhile."""
@@ -495,6 +500,9 @@ class Writer:
         """What was asked for, at the image's size; its name and rows of the tables."""
         size, name = image.original.shape[:2], image.item.name
         verdict = judge(anomaly, score, size, self._thresholds, self._min_area, self._roi)
+        self.report.add_prediction(
+            image.item.path, image.original, anomaly, score, self._thresholds.pixel
+        )
         if "overlays" in self._write:
             shown = overlay(image.original, verdict.map, self._scale)
             self._save("overlays", name, lambda path: write_png(path, shown))

@@ -34,6 +34,7 @@ import yaml
 from torch import Tensor, nn
 
 import figures
+import report
 from dataset import (
     CACHES,
     DATASETS,
@@ -642,6 +643,8 @@ class Run:
         folder, rows = self.folder / "pictures", self._rows()
         figures.save_evaluation(folder, test_set, scored, drawn, self.args.proLimit, shown)
         figures.save_curves(folder / "curves.png", rows, self.args.proLimit)
+        given = (self.state.rows, vars(self.args), self.args.proLimit)
+        report.save_evaluation(self.folder / report.FILE, test_set, scored, scorer, *given)
         if self._board:
             for path in sorted(folder.rglob("*.png")):
                 name = str(path.relative_to(folder).with_suffix(""))

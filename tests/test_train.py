@@ -50,7 +50,7 @@ def test_a_run_from_the_command_line(tmp_path):
     assert run.name.startswith("widget-")
     names = {p.name for p in run.iterdir()}
     assert names == {"config.json", "log.txt", "metrics.csv", "last.pt", "best_pixel_auroc.pt",
-                     "best_pixel_pro.pt", "state.pt", "result.json", "pictures"}  # fmt: skip
+                     "best_pixel_pro.pt", "state.pt", "result.json", "report.html", "pictures"}  # fmt: skip
 
     log = (run / "log.txt").read_text().splitlines()
     assert "torch" in log[0]

@@ -1,0 +1,444 @@
+"""report.html: one file that shows every image of a run, an evaluation or a prediction, and what a threshold does.
+
+It opens from disk without network: template, style, script, pictures and curves are in it.  File names are
+untrusted: Jinja2 escapes them, the script sets them as text, and the page's policy runs no other script.
+"""
+
+from __future__ import annotations
+
+import base64
+import heapq
+import io
+import os
+import secrets
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from torch import Tensor
+
+import figures
+from metrics import METRICS, PRO_LIMIT, TABLE_METRICS, Ranking, metric_labels
+from scorer import IMAGE_QUANTILE, Scored, Scorer, TestSet, Thresholds, distribution
+from util import describe_environment, percent, write_text
+
+FILE = "report.html"
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+THUMBNAIL, MAP_THUMBNAIL = 160, 96  # pixels of the longer side; a map is smooth
+# 1,000 images stay below 30 MB: image, overlay and map of so many bytes at most, times 4/3 for base64.
+PICTURE_BYTES, QUALITIES = 6000, (80, 65, 50, 35, 20)
+MOST_TILES = 1000  # beyond, those with the highest scores; counts are of all images
+BINS, CURVE_POINTS = 40, 300
+WIDTH, HEIGHT = 320, 220  # of a chart, in its own units
+LEFT, RIGHT, TOP, BOTTOM = 48, 310, 12, 184  # of what is drawn in it
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+
+def thumbnail(image: np.ndarray, longest: int = THUMBNAIL) -> np.ndarray:
+    """Shrink an image (h,w,3) so that no side is longer; smaller ones stay."""
+    small = Image.fromarray(image)
+    small.thumbnail((longest, longest), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return np.asarray(small)
+
+
+def jpeg_uri(image: np.ndarray) -> str:
+    """The best of a few qualities that fits into `PICTURE_BYTES`, as a data URI; uint8 (h,w,3)."""
+    for quality in QUALITIES:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, format="jpeg", quality=quality, optimize=True)
+        if buffer.tell() <= PICTURE_BYTES:
+            break
+    return _uri("jpeg", buffer)
+
+
+def mask_uri(mask: np.ndarray, size: tuple[int, int]) -> str:
+    """A bool mask (H,W) as a data URI of two colors; size is (width, height)."""
+    picture, buffer = Image.fromarray(np.uint8(255) * mask), io.BytesIO()
+    small = picture.resize(size, Image.Resampling.BOX).point(
+        lambda v: 255 * (v > 0)
+    )  # no region vanishes
+    small.convert("1").save(buffer, format="png", optimize=True)
+    return _uri("png", buffer)
+
+
+def _uri(kind: str, buffer: io.BytesIO) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def colored(scores: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
+    """Scores (h,w) in the colors of all figures, uint8 (h,w,3)."""
+    low, high = scale
+    levels = ((scores - low) / (high - low)).clip(0, 1)
+    return (matplotlib.colormaps[figures.COLOR_MAP](levels)[..., :3] * 255).round().astype(np.uint8)
+
+
+def _resized(scores: np.ndarray, longest: int, shape: Sequence[int]) -> np.ndarray:
+    """A map in an image's proportions; shape is the image's (h, w)."""
+    height, width = (max(1, round(side * longest / max(shape))) for side in shape[:2])
+    return np.asarray(Image.fromarray(scores).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def text(value: object) -> str:
+    """What is shown of a value or a name: what is no UTF-8 as in scores.csv, the rest as it is."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(text, value))
+    return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+# -------------------------------------------------------------------------------------- charts
+
+
+@dataclass
+class Chart:
+    """A chart of lines, in the coordinates of its SVG.
+
+    Attributes:
+        lines: (label, points).
+        ticks: of x and y, (coordinate, label).
+        dot: "roc" or "pr" where the threshold is a point of the chart.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: list[tuple[str, str]]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    dot: str = ""
+    shaded: float | None = None
+
+
+def line_chart(
+    title: str,
+    x_label: str,
+    y_label: str,
+    lines: list[tuple[str, np.ndarray, np.ndarray]],
+    x_range: tuple[float, float] = (0.0, 1.0),
+    y_range: tuple[float, float] = (0.0, 1.0),
+    integer: bool = False,
+    **options,
+) -> Chart:
+    """Lay lines (label, x, y) out; ranges are widened if they are empty."""
+    x_range, y_range = _not_empty(x_range), _not_empty(y_range)
+    drawn = [(label, _points(_place(x, x_range, LEFT, RIGHT), _place(y, y_range, BOTTOM, TOP)))
+             for label, x, y in lines]  # fmt: skip
+    x_ticks = _ticks(x_range, LEFT, RIGHT, integer)
+    return Chart(title, x_label, y_label, drawn, x_ticks, _ticks(y_range, BOTTOM, TOP), **options)
+
+
+def _not_empty(given: tuple[float, float]) -> tuple[float, float]:
+    low, high = given
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _place(values: np.ndarray, given: tuple[float, float], start: float, end: float) -> np.ndarray:
+    low, high = given
+    return start + (np.asarray(values, dtype=float) - low) / (high - low) * (end - start)
+
+
+def _ticks(
+    given: tuple[float, float], start: float, end: float, integer=False
+) -> list[tuple[float, str]]:
+    values = MaxNLocator(4, integer=integer).tick_values(*given)
+    margin = 1e-9 * (given[1] - given[0])
+    values = [v for v in values if given[0] - margin <= v <= given[1] + margin]
+    return [(round(float(_place(v, given, start, end)), 1), f"{v:.4g}") for v in values]
+
+
+def _points(x: np.ndarray, y: np.ndarray) -> str:
+    pairs = dict.fromkeys(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+    return " ".join(pairs)  # points that cannot be told apart are one
+
+
+def _thinned(*curve: Tensor | np.ndarray) -> list[np.ndarray]:
+    chosen = np.unique(np.linspace(0, len(curve[0]) - 1, CURVE_POINTS).astype(int))
+    return [torch.as_tensor(values).cpu().numpy()[chosen] for values in curve]
+
+
+def _steps(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each y goes on to the next x, as the average precision counts."""
+    return np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]
+
+
+def metric_charts(test_set: TestSet, scored: Scored, pro_limit: float = PRO_LIMIT) -> list[Chart]:
+    """ROC, PRO and precision-recall, as far as labels and masks define them."""
+    truth, (maps, scores) = test_set.truth, scored
+    rankings = {"images": Ranking(scores[~truth.defective], scores[truth.defective])}
+    if truth.masks is not None:
+        rankings["pixels"] = Ranking(maps[~truth.masks], maps[truth.masks])
+    rankings = {name: ranking for name, ranking in rankings.items() if ranking.defined}
+    if not rankings:
+        return []
+    roc, precision_recall = [], []
+    for name, ranking in rankings.items():
+        roc.append((f"{name}: area {ranking.auroc():.4f}", *_thinned(*ranking.curve())))
+        precision, recall = ranking.precision_recall()
+        label = f"{name}: AP {ranking.average_precision():.4f}"
+        precision_recall.append((label, *_steps(*_thinned(recall, precision))))
+    dots = ("roc", "pr") if "images" in rankings else ("", "")
+    charts = [line_chart("ROC", "false-positive rate", "true-positive rate", roc, dot=dots[0])]
+    if "pixels" in rankings:
+        pixels, shares = rankings["pixels"], truth.region_shares
+        limited = f"up to {pro_limit:g}: {pixels.area(shares, pro_limit):.4f}"
+        line = (f"area {pixels.area(shares, 1.0):.4f}, {limited}", *_thinned(*pixels.curve(shares)))
+        shaded = float(_place(np.float64(pro_limit), (0.0, 1.0), LEFT, RIGHT))
+        charts.append(line_chart("PRO", "false-positive rate", "mean overlap", [line], shaded=shaded))
+    return [
+        *charts,
+        line_chart("Precision-recall", "recall", "precision", precision_recall, dot=dots[1]),
+    ]
+
+
+def epoch_charts(rows: list[dict], pro_limit: float = PRO_LIMIT) -> list[Chart]:
+    """Loss and metrics over the epochs of a run; none of fewer than two."""
+    if len(rows) < 2:
+        return []
+    epochs = np.array([row["epoch"] for row in rows])
+    loss = np.array([row["loss"] for row in rows])
+    labels, limits = metric_labels(pro_limit), (float(epochs[0]), float(epochs[-1]))
+    lines = [(labels[key], epochs, np.array([row[key] for row in rows]))
+             for key in TABLE_METRICS if None not in [row[key] for row in rows]]  # fmt: skip
+    charts = [line_chart("Training loss", "epoch", "loss", [("loss", epochs, loss)], limits,
+                         (loss.min(), loss.max()), integer=True)]  # fmt: skip
+    if lines:
+        lowest = min(float(values.min()) for _, _, values in lines)
+        scale = (min(lowest, 0.99), 1.0)
+        charts.append(line_chart("Test metrics", "epoch", "", lines, limits, scale, integer=True))
+    return charts
+
+
+# -------------------------------------------------------------------------------------- report
+
+
+@dataclass
+class Report:
+    """Collects images, from any number of threads, and writes the page.
+
+    Attributes:
+        title: of the page.
+        scale: lowest and highest score of the colors.
+        presets: image thresholds by name; the page starts at the first.
+        group: what images are grouped by, "kind" or "folder".
+    """
+
+    title: str
+    scale: tuple[float, float]
+    presets: dict[str, float]
+    group: str = "kind"
+    _items: list[tuple] = field(default_factory=list)
+    _kept: list[tuple] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(
+        self, path: Path, kind: str, defective: bool | None, score: float, image: np.ndarray,
+        anomaly: np.ndarray, masks: dict[str, np.ndarray],
+    ) -> None:  # fmt: skip
+        """Take one image; its pictures are made if it is among those shown so far.
+
+        Args:
+            defective: its label; None if it has none.
+            image: uint8 (h,w,3) of any size.
+            anomaly: its map, float32 (H,W) of any size.
+            masks: bool (H,W) by what they are called.
+        """
+        name = text(path)
+        with self._lock:
+            self._items.append((score, name, text(kind), defective))
+            number = len(self._items)
+            if len(self._kept) >= MOST_TILES and score <= self._kept[0][0]:
+                return
+        small = thumbnail(image)
+        size = small.shape[1::-1]
+        fine = np.asarray(Image.fromarray(anomaly).resize(size, Image.Resampling.BILINEAR))
+        coarse = _resized(anomaly, MAP_THUMBNAIL, image.shape[:2])
+        pictures = {
+            "image": jpeg_uri(small),
+            "overlay": jpeg_uri(figures.overlay(small, fine, self.scale)),
+            "map": jpeg_uri(colored(coarse, self.scale)),
+            **{name: mask_uri(mask, size) for name, mask in masks.items()},
+        }
+        with self._lock:
+            heapq.heappush(self._kept, (score, name, number, pictures))
+            if len(self._kept) > MOST_TILES:
+                heapq.heappop(self._kept)
+
+    def add_prediction(
+        self, path: Path, image: np.ndarray, anomaly: np.ndarray, score: float, threshold: float
+    ) -> None:
+        """Take an image without label; its mask is where the map reaches the threshold."""
+        self.add(path, str(path.parent), None, score, image, anomaly, {"mask": anomaly >= threshold})
+
+    def save(
+        self, path: Path, sections: dict[str, dict], environment: Iterable[str] = (),
+        table: tuple[list[str], list[list[str]]] | None = None, charts: Sequence[Chart] = (),
+        template: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """Write the page, whole or not at all.
+
+        Args:
+            sections: settings by title.
+            environment: versions and hardware, a line each.
+            table: header and rows of the metrics.
+            template: uint8 (h,w,3), the image template.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        pictures = {number: shown for _, _, number, shown in self._kept}
+        items = [(*item, pictures.get(i)) for i, item in enumerate(self._items, 1)]
+        items.sort(key=lambda item: (-item[0], item[1]))
+        if self.group == "folder":
+            items = _below_common_folder(items)
+        labeled = bool(items) and None not in [item[3] for item in items]
+        low, high = self._range([item[0] for item in items])
+        names = ("score", "name", "kind", "defective", "pictures")
+        data = {
+            "tiles": [dict(zip(names, item, strict=True)) for item in items],
+            "labeled": labeled, "low": low, "high": high, "group": self.group,
+            "template": None if template is None else jpeg_uri(thumbnail(template)),
+            "plot": {"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
+        }  # fmt: skip
+        shown = {
+            title: {name: text(value) for name, value in given.items()}
+            for title, given in sections.items()
+        }
+        page = _page_template().render(
+            title=text(self.title), data=data, sections=shown, environment=[text(x) for x in environment],
+            table=table, charts=charts, histogram=_histogram(items, low, high, labeled),
+            presets={name: float(value) for name, value in self.presets.items()}, labeled=labeled,
+            kinds=sorted({item[2] for item in items}), group=self.group,
+            views=list(dict.fromkeys(name for item in items for name in item[4] or ())),
+            count=len(items), kept=len(self._kept), width=WIDTH, height=HEIGHT, plot=data["plot"],
+            nonce=secrets.token_urlsafe(16),
+        )  # fmt: skip
+        write_text(path, page)
+
+    def _range(self, scores: list[float]) -> tuple[float, float]:
+        """Of the slider: from calling all images defective to calling none so."""
+        values = [*scores, *self.presets.values()] or [0.0]
+        low, high = min(values), max(values)
+        return low, high + (0.02 * (high - low) or max(1e-6, 0.02 * abs(high)))
+
+
+def _page_template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {}  # pictures stay in their order
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _below_common_folder(items: list[tuple]) -> list[tuple]:
+    """Shorten the folders to what they differ in."""
+    folders = {folder for _, _, folder, *_ in items}
+    if len(folders) < 2 or len({os.path.isabs(folder) for folder in folders}) > 1:
+        return items
+    common = os.path.commonpath(folders)
+    return [
+        (score, name, os.path.relpath(folder, common), *rest) for score, name, folder, *rest in items
+    ]
+
+
+def _histogram(items: list[tuple], low: float, high: float, labeled: bool) -> dict:
+    """Bars of the scores (x, y, width, height, class), defective ones on top of good ones."""
+    edges = np.linspace(low, high, BINS + 1)
+    groups = {"good": [], "defective": []} if labeled else {"all": []}
+    for score, _, _, defective, _ in items:
+        groups[("good", "defective")[defective] if labeled else "all"].append(score)
+    counts = {name: np.histogram(scores, edges)[0] for name, scores in groups.items()}
+    highest = max(1, int(sum(counts.values()).max()))
+    width, bars, below = (RIGHT - LEFT) / BINS, [], np.zeros(BINS)
+    for name, count in counts.items():
+        unit = (BOTTOM - TOP) / highest
+        for i in np.flatnonzero(count):
+            top = BOTTOM - unit * (below[i] + count[i])
+            x = LEFT + i * width
+            bars.append([round(float(v), 2) for v in (x, top, width - 0.6, unit * count[i])] + [name])
+        below = below + count
+    sizes = {name: len(scores) for name, scores in groups.items()}
+    x_ticks, y_ticks = (
+        _ticks((low, high), LEFT, RIGHT),
+        _ticks((0, highest), BOTTOM, TOP, integer=True),
+    )
+    return {"bars": bars, "sizes": sizes, "x_ticks": x_ticks, "y_ticks": y_ticks}
+
+
+def metric_table(rows: list[dict], pro_limit: float = PRO_LIMIT) -> tuple[list[str], list[list[str]]]:
+    """All metrics in percent, a column for each row of metrics.csv that is of the last epoch."""
+    last = [row for row in rows if row["epoch"] == rows[-1]["epoch"]]
+    labels = metric_labels(pro_limit)
+    names = ["last epoch" if row["epoch"] is None else f"epoch {row['epoch']}" for row in last]
+    header = ["percent", *(f"{name}, {row['score']}" for name, row in zip(names, last, strict=True))]
+    return header, [[labels[key], *(percent(row[key]) for row in last)] for key in METRICS]
+
+
+def save_evaluation(
+    path: Path, test_set: TestSet, scored: Scored, scorer: Scorer, rows: list[dict], settings: dict,
+    pro_limit: float = PRO_LIMIT,
+) -> None:  # fmt: skip
+    """Write the report of a run or of an evaluation.
+
+    Args:
+        scored: maps and scores of all test images.
+        rows: of metrics.csv; of several epochs, they are drawn.
+        settings: flags of the command.
+        pro_limit: false-positive rate up to which PRO is taken.
+    """
+    presets, truth = {}, test_set.truth
+    if scorer.calibration is not None:
+        presets[f"{IMAGE_QUANTILE:.0%} of good images"] = scorer.calibration.thresholds().image
+    if scorer.metrics.get("image_threshold") is not None:
+        presets["best F1"] = scorer.metrics["image_threshold"]
+    presets = presets or {"median score": float(scored.scores.median())}
+    scale = (scorer.calibration or distribution(scored)).color_scale()
+    page = Report(f"{test_set.data.name}: test images, score {rows[-1]['score']}", scale, presets)
+    maps, scores = (x.cpu() for x in scored)
+    for i, image in enumerate(test_set.data.test):
+        masks = {} if truth.masks is None else {"ground truth": truth.masks[i].cpu().numpy()}
+        arguments = (float(scores[i]), test_set.images[i], maps[i].numpy(), masks)
+        page.add(Path(image.path.name), image.kind, image.defective, *arguments)
+    template = scorer.image_template()
+    drawn = [row for row in rows if row["score"] == rows[-1]["score"] and row.get("loss") is not None]
+    page.save(
+        path,
+        _sections(scorer, settings),
+        describe_environment(scorer.device),
+        metric_table(rows, pro_limit),
+        metric_charts(test_set, scored, pro_limit) + epoch_charts(drawn, pro_limit),
+        None if template is None else figures.to_picture(template),
+    )
+
+
+def start_predictions(scorer, thresholds: Thresholds, scale: tuple[float, float]) -> Report:
+    """A report for images without labels; the page starts at the threshold of scores.csv."""
+    name = scorer.class_name or "model"
+    return Report(f"{name}: predictions", scale, {"scores.csv": thresholds.image}, "folder")
+
+
+def save_predictions(page: Report, path: Path, scorer, settings: dict) -> None:
+    """Write it.
+
+    Args:
+        scorer: a Scorer or an OnnxScorer, which has no image template.
+        settings: flags of the command.
+    """
+    template = scorer.image_template() if isinstance(scorer, Scorer) else None
+    environment = describe_environment(getattr(scorer, "device", torch.device("cpu")))
+    picture = None if template is None else figures.to_picture(template)
+    page.save(path, _sections(scorer, settings), environment, template=picture)
+
+
+def _sections(scorer, settings: dict) -> dict[str, dict]:
+    """The command's settings, and those of the training if they are others."""
+    training = getattr(scorer, "settings", {})
+    shown = {"Settings": settings}
+    return shown if training in ({}, settings) else {**shown, "Settings of the training": training}
