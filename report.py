@@ -26,7 +26,7 @@ from torch import Tensor
 
 import figures
 from metrics import METRICS, PRO_LIMIT, TABLE_METRICS, Ranking, metric_labels
-from scorer import IMAGE_QUANTILE, Scored, Scorer, TestSet, Thresholds, distribution
+from scorer import Scored, Scorer, TestSet, Thresholds, distribution
 from util import describe_environment, percent, write_text
 
 FILE = "report.html"
@@ -395,7 +395,9 @@ def save_evaluation(
     """
     presets, truth = {}, test_set.truth
     if scorer.calibration is not None:
-        presets[f"{IMAGE_QUANTILE:.0%} of good images"] = scorer.calibration.thresholds().image
+        presets[f"{1 - scorer.calibration.false_alarm:.0%} of good images"] = (
+            scorer.calibration.thresholds().image
+        )
     if scorer.metrics.get("image_threshold") is not None:
         presets["best F1"] = scorer.metrics["image_threshold"]
     presets = presets or {"median score": float(scored.scores.median())}

@@ -382,7 +382,7 @@ class Pace:
         spent = sum(seconds for name, seconds in clock.seconds.items() if name != "training")
         if left and not self._evaluations and self._timed:
             total = self.seconds_left + spent * left
-            self._say([f"about {duration(total)} are left, {left} evaluations included"])
+            self._say([f"about {duration(total)} are left, evaluations included"])
         self._evaluations = spent * left
 
     @property
