@@ -382,7 +382,8 @@ class Pace:
         spent = sum(seconds for name, seconds in clock.seconds.items() if name != "training")
         if left and not self._evaluations and self._timed:
             total = self.seconds_left + spent * left
-            self._say([f"about {duration(total)} are left, evaluations included"])
+            plural = "s" * (left != 1)
+            self._say([f"about {duration(total)} are left, {left} evaluation{plural} included"])
         self._evaluations = spent * left
 
     @property

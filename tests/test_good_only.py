@@ -69,6 +69,7 @@ def test_good_images_alone_give_a_scorer(tmp_path, run_main, given, score):
         "last.pt",
         "state.pt",
         "result.json",
+        "report.html",
         "pictures",
     }
 
@@ -432,7 +433,7 @@ def test_a_calibration_that_no_flag_gives_is_refused(change):
 def test_the_log_says_how_long_it_will_take(tmp_path, run_main):
     good = make_class(tmp_path / "data", num_train=24) / "train" / "good"
     _, out = trained_on(run_main, tmp_path, "--good", good, "--epochs", 2)
-    for text in ("of training are left", "1 evaluations included"):
+    for text in ("of training are left", "1 evaluation included"):
         assert len([line for line in out.splitlines() if text in line]) == 1
 
 

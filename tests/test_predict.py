@@ -196,7 +196,7 @@ def test_an_encoder_has_no_image_template(tmp_path, run_main):
     ("extra", "message"),
     [
         (["nowhere"], "nowhere does not exist"),
-        (["--threshold", "high"], "use f1, quantile or a number"),
+        (["--threshold", "high"], "use quantile, none, f1, recall or a number"),
         (["--imageQuantile", 2], "not a number from 0 to 1"),
         (["--batchSize", 0], "whole number from 1"),
         (["--gpu", 9], "no such CUDA device"),
@@ -445,8 +445,9 @@ def test_names_that_differ_in_case_only_do_not_meet():
 
 
 def content(folder):
-    """All files by name, but for what says where they are."""
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.*") if p.is_file()}
+    """All files by name, but for the report, which shows the images of one call."""
+    files = (p for p in folder.rglob("*.*") if p.is_file() and p.name != "report.html")
+    return {p.relative_to(folder): p.read_bytes() for p in files}
 
 
 def test_a_stopped_prediction_is_continued(trained, tmp_path, run_main, monkeypatch):
