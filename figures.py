@@ -170,6 +170,8 @@ def save_histogram(
     bins = np.linspace(float(scores.min()), float(scores.max()) + 1e-12, 41)
     for name, chosen, color in (("good", ~defective, "green"), ("defective", defective, "red")):
         values, label = scores[chosen].cpu().numpy(), f"{name} ({int(chosen.sum())})"
+        if not len(values):
+            continue
         axes.hist(values, bins, alpha=0.6, color=f"tab:{color}", label=label)
     for (name, threshold), style in zip(thresholds.items(), ("--", ":"), strict=False):
         axes.axvline(threshold, color="black", linestyle=style, label=f"{name}: {threshold:.3g}")
@@ -232,6 +234,9 @@ def save_curves(path: Path, rows: list[dict], pro_limit: float = PRO_LIMIT) -> N
     right.set(title="test metrics", xlabel="epoch")
     if right.lines:
         right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    else:
+        right.set_axis_off()
+        right.set_title("no test metrics")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -88,7 +88,7 @@ def assert_equal_content(x, y, where):
         assert x.keys() == y.keys(), where
         for key in x.keys() - {"seconds", "saveDir", "resume", "epochs"}:
             assert_equal_content(x[key], y[key], f"{where}, {key}")
-    elif isinstance(x, list):
+    elif isinstance(x, (list, tuple)):
         for i, (a, b) in enumerate(zip(x, y, strict=True)):
             assert_equal_content(a, b, f"{where}[{i}]")
     else:
