@@ -228,7 +228,7 @@ def test_flags_of_the_export(trained, tmp_path, run_main):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--threshold", "high"], "use f1, quantile or a number"),
+        (["--threshold", "high"], "use quantile, none, f1, recall or a number"),
         (["--imageQuantile", 2], "not a number from 0 to 1"),
     ],
 )
