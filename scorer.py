@@ -334,7 +334,7 @@ class Scorer:
         Raises:
             InputError: it is missing, damaged, of another version, or holds what does not fit together.
         """
-        path, device = Path(path), torch.device(device)
+        path, device = find_checkpoint(path), torch.device(device)
         content = load_checkpoint(path)
         if "optimizer" in content:
             raise InputError(f"{path} is what --resume needs; choose last.pt beside it")

@@ -2,7 +2,7 @@
 
     python docs/onnx_sample.py tile.onnx image.png [image_threshold pixel_threshold]
 
-Prints the verdict and writes the mask beside the image as image_mask.png.
+Prints the verdict and writes the mask to the current folder, as image_mask.png.
 """
 
 import sys
@@ -33,9 +33,10 @@ def main() -> None:
 
     threshold = inputs.get("image_threshold", [float(metadata["image_threshold"])])[0]
     verdict = "defective" if defective[0] else "good"
-    print(f"{path}: {verdict}, score {score[0]:.4g}, threshold {threshold:.4g}")
+    target = Path(f"{path.stem}_mask.png")
+    print(f"{path}: {verdict}, score {score[0]:.4g}, threshold {threshold:.4g}; mask in {target}")
     full = Image.fromarray(mask[0]).resize(original.size, Image.Resampling.NEAREST)
-    full.save(path.with_name(f"{path.stem}_mask.png"))
+    full.save(target)
 
 
 if __name__ == "__main__":
