@@ -58,6 +58,19 @@ def read_images(paths, size):
     return torch.from_numpy(np.stack([read_image(path, size) for path in paths]))
 
 
+class Pictures:
+    """What scorer.py reads of dataset.Images, of images uint8 (N,h,w,3)."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def batches(self, batches):
+        return (self.images[batch] for batch in batches)
+
+
 SMALL = ["--cls", "widget", "--encoder", "none", "--imageSize", 32, "--numLayer", 2, "--numStack", 1,
          "--numChannel", 4, "--kernelSize", 3, "--epochs", 2, "--gpu", "cpu", "--numWorkers", 2,
          "--precision", "fp32"]  # fmt: skip

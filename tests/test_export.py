@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Pictures
 from PIL import Image
 
 import export
@@ -20,19 +21,6 @@ from scorer import LEVELS, Calibration, ScoreOptions, Scorer, Thresholds, resize
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
-
-
-class Pictures:
-    """What scorer.py reads of dataset.Images, of images uint8 (N,h,w,3)."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def batches(self, batches):
-        return (self.images[batch] for batch in batches)
 
 
 def make_scorer(encoder="none", volume_norm="CVN", num_level=2, options=None, **changes):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import save_image
+from conftest import Pictures, save_image
 
 import scorer as scorer_module
 from dataset import normalize
@@ -36,19 +36,6 @@ CONFIG = PyramidFlowConfig(
 )
 COUNT = 7
 BANK = ScoreOptions("bank", 3)
-
-
-class Pictures:
-    """What scorer.py reads of dataset.Images, of images uint8 (N,h,w,3)."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def batches(self, batches):
-        return (self.images[batch] for batch in batches)
 
 
 @pytest.fixture
