@@ -43,7 +43,6 @@ from scorer import (
     Thresholds,
     add_threshold_flags,
     choose_thresholds,
-    find_checkpoint,
     gaussian,
     highest,
     inspect,
@@ -70,7 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.exists():
         raise InputError(f"{args.out} exists; choose a new file")
-    scorer = Scorer.load(find_checkpoint(args.checkpoint), "cpu", "fp32")
+    scorer = Scorer.load(args.checkpoint, "cpu", "fp32")
     quantiles = (args.pixelQuantile, args.imageQuantile)
     thresholds = choose_thresholds(args.threshold, scorer.metrics, scorer.calibration, quantiles)
     export_onnx(scorer, args.out, thresholds, args.anyImageSize)

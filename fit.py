@@ -14,7 +14,7 @@ import shlex
 from pathlib import Path
 
 from dataset import IMAGE_SUFFIXES, Images, list_images
-from scorer import ScoreOptions, Scorer, add_score_flags, check_score_flags, find_checkpoint
+from scorer import ScoreOptions, Scorer, add_score_flags, check_score_flags
 from util import (
     InputError,
     Parser,
@@ -36,7 +36,7 @@ def main() -> None:
     if args.out.exists():
         raise InputError(f"--out {args.out} exists; choose a new file")
     check_writable(args.out.parent, "--out")
-    stored = Scorer.load(find_checkpoint(args.checkpoint), device, args.precision)
+    stored = Scorer.load(args.checkpoint, device, args.precision)
     options = stored.options if args.score is None else ScoreOptions.from_flags(args)
     paths = find_good_images(args.good)
     images = Images(paths, stored.image_size, "auto", device, args.numWorkers, "good images")
