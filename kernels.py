@@ -372,8 +372,8 @@ def pays_in_frequency_domain(
 # strips of 32 rows of outputs.  The T = 31 + k rows of inputs that a strip needs are transformed, each
 # frequency is multiplied by the kernel's and meanwhile convolved along the rows, and the 32 rows are
 # transformed back (overlap-save).  That is a third of the work at k = 7, all of it in large matrix products
-# and ordinary convolutions.  In float32 its rounding errors are 1.1 times those of the direct way, in bfloat16 they
-# are 1.7 times as large, as every stage rounds.
+# and ordinary convolutions.  Its rounding errors are 1.1 times those of the direct way in float32, and 1.7
+# times in bfloat16, as every stage rounds.
 #
 # Of maps (B,H,W,C) a spectrum is (T, strips, W, C), real: frequencies 0 and T/2, and then the real and the
 # imaginary part of each one between.  In a factor, (3T/2-1, strips, W, C), the negative real part follows as
@@ -487,7 +487,7 @@ def kernel_spectrum(weight: Tensor, kind: str) -> Tensor:
 
 
 def pair_taps(k: int) -> Tensor:
-    """(2,k',k) of 0 and 1: whether output e of a pair meets, at tap q, the pixel that is tap m of the small map."""
+    """(2,k',k) of 0 and 1: whether output e of a pair meets, at tap q, the pixel of tap m of the small map."""
     reach = (k // 2 + 1) // 2
     e, m, q = torch.meshgrid(
         torch.arange(2), torch.arange(2 * reach + 1), torch.arange(k), indexing="ij"
