@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import uuid
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
@@ -160,7 +161,13 @@ class Parser(argparse.ArgumentParser):
         if unknown.startswith("-"):
             near = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, 1)
             message += f"; did you mean {near[0]}?" if near else ""
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, f"{self.prog}: error: {shortened(message)} (see --help)\n")
+
+
+def shortened(text: str, most: int = 500) -> str:
+    """One line of a text, which a value out of a file may have made endless."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def whole_number(minimum: int, maximum: int = 10**18) -> Callable[[str], int]:
@@ -651,7 +658,9 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> object:
         InputError: missing, damaged (also where only a checksum tells), or with anything else inside.
     """
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice for developers
+            content = torch.load(path, map_location=device, weights_only=True)
         if zipfile.is_zipfile(path):  # torch.load does not look at checksums
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():

@@ -143,6 +143,16 @@ def test_flags_are_never_abbreviated_and_errors_are_one_line(capsys, arguments, 
     assert message in err
 
 
+def test_endless_values_are_shortened(capsys):
+    parser = util.Parser(prog="x")
+    parser.add_argument("--n", type=int)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--n", "a\nb" * 10**5])
+    err = capsys.readouterr().err
+    assert len(err) < 600
+    assert err.count("\n") == 1
+
+
 def test_help_shows_defaults_and_the_description_as_written():
     text = flags(Parser(prog="x", description="Commands:\n\n    x --dry")).format_help()
     assert "Commands:\n\n    x --dry" in text
