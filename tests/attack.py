@@ -673,6 +673,8 @@ def load_files(base: Base, place: Path) -> dict[str, tuple]:
 
     def initialize(path: Path) -> None:
         train.fill_encoder(encoder, str(path))
+        if not all(x.isfinite().all() for x in encoder.stem.state_dict().values()):
+            raise ValueError("weights that are not finite were taken")
 
     def configure(path: Path) -> None:
         train.model_config(train.parse_arguments(["--config", str(path)]))

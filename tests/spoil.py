@@ -130,8 +130,12 @@ def spoil_zip(whole: Path, rng: random.Random) -> bytes:
     return bytes(made)
 
 
-def spoil_value(x: object, rng: random.Random) -> object:
-    """Nested content of which one part is wrong, missing or too much."""
+def spoil_value(x: object, rng: random.Random, deepest: int = 40) -> object:
+    """Nested content of which one part is wrong, missing or too much.
+
+    Args:
+        deepest: of lists in lists that share their parts, which only a pickle writes as such.
+    """
     if isinstance(x, dict) and x and rng.random() < 0.95:
         x, key, way = dict(x), rng.choice(list(x)), rng.random()
         if way < 0.08:
@@ -139,16 +143,16 @@ def spoil_value(x: object, rng: random.Random) -> object:
         elif way < 0.12:
             x[rng.choice(("more", 0, None, "x" * 10**4))] = 1
         else:
-            x[key] = spoil_value(x[key], rng)
+            x[key] = spoil_value(x[key], rng, deepest)
         return x
     if isinstance(x, (list, tuple)) and len(x) and rng.random() < 0.85:
         parts, at = list(x), rng.randrange(len(x))
-        parts[at] = spoil_value(parts[at], rng)
+        parts[at] = spoil_value(parts[at], rng, deepest)
         return type(x)(parts) if rng.random() < 0.9 else parts[:at]
     if isinstance(x, torch.Tensor) and rng.random() < 0.9:
         return spoil_tensor(x, rng)
     deep: list = []
-    for _ in range(rng.choice((3, 40))):
+    for _ in range(rng.choice((3, deepest))):
         deep = [deep, deep]
     wrong = (-1, 0, 1, 2, 10**9, 10**30, -0.5, 1e300, float("nan"), float("inf"), "", "1", "x" * 10**5, "a\nb",
              "\0", None, True, False, [], {}, [1], {"a": 1}, deep, (x, x), str(x), b"x", torch.zeros(1),
@@ -212,7 +216,7 @@ def _spoil_graph(data: bytes, rng: random.Random) -> bytes:
         entry.value = spoil_bytes(entry.value.encode() or b"x", rng).decode(errors="replace")
     else:
         entry = next(e for e in model.metadata_props if e.key == export.METADATA_KEY)
-        entry.value = json.dumps(spoil_value(json.loads(entry.value), rng), default=str)
+        entry.value = json.dumps(spoil_value(json.loads(entry.value), rng, 3), default=str)
     return model.SerializeToString()
 
 
@@ -220,7 +224,7 @@ def spoil_text(whole: Path, rng: random.Random, place: Path) -> Path:
     """JSON with other values, or as text with bytes changed, or YAML that asks for code."""
     path, way = place / f"{whole.stem}{rng.choice(('.json', '.yaml'))}", rng.random()
     if way < 0.6:
-        path.write_text(json.dumps(spoil_value(json.loads(whole.read_text()), rng), default=str))
+        path.write_text(json.dumps(spoil_value(json.loads(whole.read_text()), rng, 3), default=str))
     elif way < 0.85:
         path.write_bytes(spoil_bytes(whole.read_bytes(), rng))
     else:
