@@ -18,7 +18,8 @@ Real-IAD: <datapath>/<class>.json names them, below <datapath>/<class>/.
 
 Good images alone: a folder of them, and perhaps one of bad ones (`open_folders`).
 
-Images: the suffixes of `IMAGE_SUFFIXES` in any case; gray, RGB, RGBA, 16 bit; turned as their EXIF says.
+Images: the suffixes of `IMAGE_SUFFIXES` in any case; gray, RGB, RGBA, 16 bit (white is 65535), floating point
+(white is 1); turned as their EXIF says.
 
     open_class -> AnomalyClass: paths -> Images: batches of uint8 (B,h,w,3) -> normalize: (B,3,h,w)
 """
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import hashlib
 import inspect
 import json
 import math
@@ -34,10 +36,11 @@ import os
 import random
 import threading
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -65,10 +68,16 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 CACHES = ("auto", "ram", "none")
 MEMORY_SHARE = 1 / 4  # of the free memory that images take without being told to
+MOST_IN_FLIGHT = 2**30  # bytes of decoded images that wait to be used, or one image if that is larger
+WORKING_COPIES = 2  # of an image, while it is decoded, converted and resized
 
 AUGMENTATIONS = ("auto", "none", "flips", "turns")
 PIPELINE_SUFFIXES = (".yaml", ".yml", ".json")
 NUM_PROBES = 4  # images that a pipeline from a file is tried on before the training
+
+FLOAT_MARGIN = 0.1  # by which resampled floating-point images leave 0 to 1
+NEARLY_BLACK, NUM_LOOKS = 24, 4  # of 255, in all of these many training images
+CHUNK = 2**16  # bytes that tell files of one size apart
 
 
 # -------------------------------------------------------------------------------------- files
@@ -156,14 +165,17 @@ def open_class(
         raise InputError(
             f"no training images of class {name} in {datapath} (layout {dataset}); put good images there"
         )
+    data.warnings.extend([*copies(data), *nearly_black(data.train)])
     return data
 
 
 def _open_folder(folder: Path, good: str, need_test: bool) -> AnomalyClass:
     """A class in MVTec's layout, or one of its kin."""
+    _check_case(folder, ("train", *TEST_FOLDERS, "ground_truth"))
     train = folder / "train" / good
     test_folder = next((folder / t for t in TEST_FOLDERS if (folder / t).is_dir()), folder / "test")
     public = test_folder.name != "test"
+    _check_case(test_folder, (good, "ground_truth"))
     test = _list_test(test_folder, (test_folder if public else folder) / "ground_truth", good)
     if need_test and not test:
         raise InputError(
@@ -205,7 +217,9 @@ def open_folders(name: str, good: Path, bad: Path | None, masks: Path | None) ->
             f"{unmasked[0]} has no mask {masks / unmasked[0].stem}_mask.png; add it, or leave --masks out"
         )
     folders = [folder for flag, folder in given.items() if flag != "--masks"]
-    return AnomalyClass(name, list_images(good), test, skipped_files(folders))
+    data = AnomalyClass(name, list_images(good), test, skipped_files(folders))
+    data.warnings.extend([*copies(data), *nearly_black(data.train)])
+    return data
 
 
 def hold_out(data: AnomalyClass, share: float | str, seed: int) -> AnomalyClass:
@@ -248,6 +262,72 @@ def skipped_files(folders: Iterable[Path]) -> list[str]:
     return [
         f"{len(skipped)} of {len(inside)} files are skipped, the first is {skipped[0]}; images are files that "
         f"end in {', '.join(sorted(IMAGE_SUFFIXES))}"
+    ]
+
+
+def _check_case(folder: Path, names: Iterable[str]) -> None:
+    """Raise an InputError for a folder such as Ground_truth, which would be passed over, or taken for a defect."""
+    names, inside = set(names), list(folder.iterdir()) if folder.is_dir() else []
+    for path in sorted(inside):
+        if path.name.lower() in names and path.name not in names and path.is_dir():
+            raise InputError(f"{path} is spelled {path.name.lower()} in a data set; rename it")
+
+
+def copies(data: AnomalyClass) -> list[str]:
+    """A line about images with the same content in training and test, and one about those in one part, if any."""
+    train = set(data.train)
+    groups = _equal_files([*data.train, *(image.path for image in data.test)])
+    across = [group for group in groups if train & set(group) and set(group) - train]
+    lines = []
+    for found, where in (
+        (across, "in training and test"),
+        ([g for g in groups if g not in across], "once more"),
+    ):
+        if found:
+            first, second, count = found[0][0], found[0][-1], sum(len(group) - 1 for group in found)
+            lines.append(
+                f"{count} images are the same {where}, the first is {second}, a copy of {first}"
+            )
+    return lines
+
+
+def _equal_files(paths: Iterable[Path]) -> list[list[Path]]:
+    """Groups of files of the same content; of most files only the size is looked at."""
+    groups = [list(paths)]
+    for key in (lambda path: path.stat().st_size, partial(_digest, length=CHUNK), _digest):
+        split = []
+        for group in groups:
+            by_key = defaultdict(list)
+            for path in group:
+                by_key[key(path)].append(path)
+            split += [same for same in by_key.values() if len(same) > 1]
+        groups = split
+    return groups
+
+
+def _digest(path: Path, length: int = -1) -> bytes:
+    """Of a file's first bytes, or of all; of one that cannot be read, which is said later, one of its own."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.sha256(file.read(length)).digest()
+    except OSError:
+        return os.fsencode(path)
+
+
+def nearly_black(paths: Sequence[Path]) -> list[str]:
+    """A line if some images, looked at in place of all, are too dark to show anything, or no line."""
+    looks = [paths[i * len(paths) // NUM_LOOKS] for i in range(NUM_LOOKS)] if paths else []
+    highest = 0
+    for path in dict.fromkeys(looks):
+        try:
+            highest = max(highest, int(read_image(path).max()))
+        except InputError:  # is said when it is used
+            return []
+    if not looks or highest >= NEARLY_BLACK:
+        return []
+    return [
+        f"{looks[0]} and others are nearly black, their highest value is {highest} of 255; white is 65535 in "
+        "16-bit files and 1 in floating-point ones: scale images of 10 or 12 bits up"
     ]
 
 
@@ -318,16 +398,37 @@ def _list_kind(
 ) -> list[TestImage]:
     """The test images of one kind, each with the mask `<name>_mask` or `<name>`, or the folder `<name>`."""
     kind = kind or ("good" if folder.name == good else folder.name)
-    masks = {}
+    masks = defaultdict(list)
     if kind != "good" and mask_folder is not None and mask_folder.is_dir():
-        masks = {path.name: path for path in mask_folder.iterdir() if list_images(path)}
-        masks |= {path.stem: path for path in list_images(mask_folder)}
+        for path in sorted(mask_folder.iterdir()):
+            if list_images(path):
+                masks[path.name].append(path)
+        for path in list_images(mask_folder):
+            masks[path.stem].append(path)
     images = []
     for path in list_images(folder):
-        mask = masks.get(f"{path.stem}_mask", masks.get(path.stem))
+        mask = _only_mask(path, [*masks[f"{path.stem}_mask"], *masks[path.stem]])
         # LOCO's masks have a value of its own for each kind of defect.
         images.append(TestImage(path, kind, mask, mask_is_binary=mask is None or mask.is_file()))
+    _check_stems(images)
     return images
+
+
+def _only_mask(image: Path, masks: list[Path]) -> Path | None:
+    if len(masks) > 1:
+        raise InputError(f"{image} has two masks, {masks[0]} and {masks[1]}; remove one")
+    return masks[0] if masks else None
+
+
+def _check_stems(images: list[TestImage]) -> None:
+    """Raise an InputError for two images that one mask would belong to."""
+    owner = {}
+    for image in images:
+        if image.mask is not None and (other := owner.setdefault(image.mask, image)) is not image:
+            raise InputError(
+                f"{image.mask} is the mask of {other.path} and of {image.path}; rename one of these, and give it "
+                "a mask of its own"
+            )
 
 
 def _check_masks(images: list[TestImage], mask_folder: Path) -> None:
@@ -383,6 +484,10 @@ def _read_visa_split(datapath: Path) -> list[dict[str, str]]:
             f"{path} lacks some of the columns {', '.join(sorted(columns))}; unpack VisA again"
         )
     for row in rows:
+        if row["split"] not in ("train", "test"):
+            raise InputError(
+                f"{path} has the split {row['split']!r}, which is neither train nor test; unpack VisA again"
+            )
         names, paths = (row["object"], row["label"]), (row["image"], row["mask"])
         if any(set(name) & set("/\\") or name in ("", ".", "..") for name in names) or any(
             Path(p).is_absolute() or ".." in Path(p).parts for p in paths
@@ -428,11 +533,29 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """
     image = _open(path)
     if image.mode[0] in "IF":  # PIL's own conversion of 16 and 32 bit gray would clip, not scale
-        array = np.asarray(image, dtype=np.float64)
-        full_scale = 65535 if image.mode[0] == "I" else _full_scale(array)
-        image = Image.fromarray((array / full_scale * 255).clip(0, 255).round().astype(np.uint8))
+        image = Image.fromarray(_to_8_bits(image, path))
     image = image.convert("RGB")
     return np.array(image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image)
+
+
+def _to_8_bits(image: Image.Image, path: Path) -> np.ndarray:
+    """uint8 (h,w) of 16 and 32 bit gray, whose white depends on the type of the file and on no pixel.
+
+    Raises:
+        InputError: floating-point values that are not finite, or not 0 to 1.
+    """
+    array, is_float = np.array(image, dtype=np.float32), image.mode[0] == "F"
+    if is_float:
+        low, high = float(array.min(initial=0)), float(array.max(initial=0))
+        if not np.isfinite(array).all():
+            raise InputError(f"image {path} has values that are not finite; repair or remove it")
+        if low < -FLOAT_MARGIN or high > 1 + FLOAT_MARGIN:
+            raise InputError(
+                f"image {path} has values from {low:.4g} to {high:.4g}, but floating-point images are 0 to 1; "
+                "scale all images alike, or save them with 8 or 16 bits"
+            )
+    array *= 255 / (1 if is_float else 65535)
+    return array.clip(0, 255, out=array).round(out=array).astype(np.uint8)
 
 
 def read_mask(image: TestImage, size: tuple[int, int] = MASK_SIZE) -> np.ndarray:
@@ -457,12 +580,16 @@ def _read_binary(path: Path, image: TestImage) -> np.ndarray:
             f"mask {path} is {size_text(mask.size[::-1])}, its image {size_text(size[::-1])}; "
             "they must agree"
         )
-    array = np.asarray(mask.convert("L") if mask.mode[0] not in "IF1" else mask, dtype=np.float32)
+    if "A" in mask.getbands() and np.ptp(np.asarray(mask.getchannel("A"))):
+        raise InputError(f"mask {path} has an alpha channel; save it in black and white, without one")
+    # Of a color the brightest channel: pure blue, and the dark red of a palette, are no black.
+    array = np.asarray(mask if mask.mode[0] in "IF1" else mask.convert("RGB"), dtype=np.float32)
+    array = array if array.ndim == 2 else array.max(2)
     return array > (_full_scale(array) / 2 if image.mask_is_binary else 0)
 
 
 def _full_scale(array: np.ndarray) -> int:
-    """What white is in pixels of unknown scale: 1, 255 or 65535, which single ones may exceed a little."""
+    """What white is in a mask: 1, 255 or 65535, which single pixels may exceed a little."""
     highest = array.max(initial=0)
     return 1 if highest < 1.5 else 255 if highest < 300 else 65535
 
@@ -494,7 +621,7 @@ def _orientation(image: Image.Image) -> int:
 def load_masks(data: AnomalyClass, num_workers: int, size: tuple[int, int] = MASK_SIZE) -> Tensor | None:
     """bool (N,h,w) of the test images; None in a class without masks.
 
-    Defective images whose mask is empty are counted in a line that is added to `data.warnings`.
+    Defective images whose mask is empty, or all white, are counted in a line that is added to `data.warnings`.
 
     Raises:
         InputError: a mask cannot be read, or has another size than its image.
@@ -502,23 +629,48 @@ def load_masks(data: AnomalyClass, num_workers: int, size: tuple[int, int] = MAS
     if not data.has_masks:
         return None
     masks = torch.empty(len(data.test), *size, dtype=torch.bool)
-    _read_all(lambda i: read_mask(data.test[i], size), masks, num_workers, "masks")
-    empty = (data.defective & ~masks.flatten(1).any(1)).nonzero().flatten().tolist()
-    if empty:
-        data.warnings.append(
-            f"{len(empty)} defective images have an empty mask, the first is {data.test[empty[0]].path}; "
-            "all of their pixels count as good"
-        )
+    paths = [image.path for image in data.test]
+    _read_all(lambda i: read_mask(data.test[i], size), masks, num_workers, "masks", paths)
+    flat = masks.flatten(1)
+    for odd, what, count_as in (
+        (~flat.any(1), "an empty mask", "good"),
+        (flat.all(1), "a mask that is all white", "bad"),
+    ):
+        found = (data.defective & odd).nonzero().flatten().tolist()
+        if found:
+            data.warnings.append(
+                f"{len(found)} defective images have {what}, the first is {data.test[found[0]].path}; "
+                f"all of their pixels count as {count_as}"
+            )
     return masks
 
 
 def _read_all(
-    read: Callable[[int], np.ndarray], out: Tensor, num_workers: int, description: str
+    read: Callable[[int], np.ndarray],
+    out: Tensor,
+    num_workers: int,
+    description: str,
+    paths: Sequence[Path],
 ) -> None:
-    """out[i] = read(i) for all i, in threads."""
-    arrays = look_ahead(read, range(len(out)), num_workers, num_workers)
+    """out[i] = read(i), of paths[i], for all i, in threads."""
+    arrays = look_ahead(
+        read,
+        range(len(out)),
+        num_workers,
+        num_workers,
+        lambda i: WORKING_COPIES * decoded_bytes(paths[i]),
+    )
     for i, array in enumerate(progress(arrays, description, len(out))):
         out[i] = torch.from_numpy(array)
+
+
+def decoded_bytes(path: Path) -> int:
+    """What an image takes as uint8 (h,w,3); 0 if it cannot be read."""
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            return 3 * image.width * image.height
+    except Exception:  # PIL raises nearly anything on damaged files; it is said when the image is read
+        return 0
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -561,7 +713,7 @@ class Images:
         share = MEMORY_SHARE / world_size()  # each process keeps its own
         if cache == "ram" or (cache == "auto" and num_bytes <= share * free_memory(torch.device("cpu"))):
             self._kept = torch.empty(len(paths), *size, 3, dtype=torch.uint8)
-            _read_all(self._read, self._kept, self._num_workers, description)
+            _read_all(self._read, self._kept, self._num_workers, description, self.paths)
             if device.type == "cpu" or num_bytes <= MEMORY_SHARE * free_memory(device):
                 self._on_device = self._kept.to(device)
 
@@ -587,11 +739,17 @@ class Images:
             return (images[batch.to(self.device, non_blocking=True)] for batch in batches)
         return look_ahead(
             lambda batch: self._prepare(batch.tolist(), augment, epoch),
-            batches, self._num_workers, self._num_workers,
+            batches, self._num_workers, self._num_workers, self._bytes_of,
         )  # fmt: skip
 
     def _read(self, index: int) -> np.ndarray:
         return read_image(self.paths[index], self.size)
+
+    def _bytes_of(self, batch: Tensor) -> int:
+        """What preparing a batch takes: one image at a time is decoded."""
+        if self._kept is not None:
+            return 0
+        return WORKING_COPIES * max(decoded_bytes(self.paths[i]) for i in batch.tolist())
 
     def _prepare(self, indices: list[int], augment: Augmentation | None, epoch: int) -> Tensor:
         on_cuda = self.device.type == "cuda"  # from pinned memory the copy does not make the host wait
@@ -614,16 +772,27 @@ def evaluation_order(indices: Iterable[int], batch_size: int) -> list[Tensor]:
     return [batch for batch in batches if len(batch)]
 
 
-def look_ahead(function: Callable, items: Iterable, depth: int = 2, num_workers: int = 1) -> Iterator:
-    """function(item) for every item in order, computed in threads up to `depth` items before asked for."""
-    pool, pending = ThreadPoolExecutor(max(1, num_workers)), deque()
+def look_ahead(
+    function: Callable, items: Iterable, depth: int = 2, num_workers: int = 1,
+    num_bytes: Callable[[object], int] = lambda item: 0,
+) -> Iterator:  # fmt: skip
+    """function(item) for every item in order, computed in threads up to `depth` items before asked for.
+
+    Args:
+        num_bytes: what an item takes from then until it is asked for; all together take `MOST_IN_FLIGHT`.
+    """
+    pool, pending, taken = ThreadPoolExecutor(max(1, num_workers)), deque(), 0
     try:
         for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > depth:
-                yield pending.popleft().result()
+            size = num_bytes(item)
+            while pending and (len(pending) > depth or taken + size > MOST_IN_FLIGHT):
+                result, freed = pending.popleft()
+                taken -= freed
+                yield result.result()
+            pending.append((pool.submit(function, item), size))
+            taken += size
         while pending:
-            yield pending.popleft().result()
+            yield pending.popleft()[0].result()
     finally:
         pool.shutdown(cancel_futures=True)
 

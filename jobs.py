@@ -71,7 +71,11 @@ class Job:
         for path in sorted(self.folder.glob(f"*/{train.RESULT_FILE}")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 result = json.loads(path.read_text(encoding="utf-8"))
-                if METRICS.keys() <= result["last"].keys():
+                epochs = [
+                    result["last"],
+                    *(row for name, row in result.items() if name.startswith("best_")),
+                ]
+                if all(map(_is_whole, epochs)):
                     return {**result, "folder": path.parent}
         return None
 
@@ -83,6 +87,14 @@ class Job:
         """Why it failed: the last line of its log."""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.is_file() else ""
         return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no output")
+
+
+def _is_whole(row: dict) -> bool:
+    """Whether it is an epoch's part of a result.json."""
+    numbers = [row[name] for name in METRICS]
+    return {"score", "epoch"} <= row.keys() and all(
+        isinstance(x, (float, int, type(None))) for x in numbers
+    )
 
 
 def _is_locked(path: Path) -> bool:

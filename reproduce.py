@@ -20,6 +20,7 @@ and jobs/, whose finished trainings all tables share.  The same command again co
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import itertools
@@ -281,16 +282,22 @@ class Entry:
         if self.bank is None or result is None:
             return result
         for path in sorted(self.bank.glob("*/metrics.csv")):
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = [_numbers(row) for row in csv.DictReader(file)]
-            if [row["score"] for row in rows] == ["paper", "bank"]:
-                return {"folder": path.parent, "last_paper": rows[0], "last": rows[1]}
+            with contextlib.suppress(
+                OSError, ValueError, KeyError, TypeError
+            ):  # a damaged one does not count
+                rows = _read_metrics(path)
+                if [row["score"] for row in rows] == ["paper", "bank"]:
+                    return {"folder": path.parent, "last_paper": rows[0], "last": rows[1]}
         return None
 
 
-def _numbers(row: dict[str, str]) -> dict:
-    """A row of metrics.csv, its metrics as numbers."""
-    return {k: (float(v) if v else None) if k in METRICS else v for k, v in row.items()}
+def _read_metrics(path: Path) -> list[dict]:
+    """The rows of a metrics.csv, their metrics as numbers."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [
+        {**row, **{name: float(row[name]) if row[name] else None for name in METRICS}} for row in rows
+    ]
 
 
 def choose(table: Table, args: argparse.Namespace) -> Table:

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import ctypes
 import difflib
+import errno
 import functools
 import json
 import logging
@@ -14,11 +15,13 @@ import math
 import os
 import platform
 import random
+import shutil
 import signal
 import sys
 import tempfile
 import time
 import uuid
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
@@ -36,6 +39,7 @@ PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 NUM_WORKERS = min(os.cpu_count() or 1, 8)
 LOG_INTERVAL_S = 30.0  # between lines of a progress bar that is written to a file
 PATIENCE = timedelta(days=1)  # the other processes wait while one draws the figures
+LITTLE_SPACE = 2**20  # bytes that are free of a full disk
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's mallopt
 
 
@@ -71,11 +75,12 @@ def run_script(main: Callable[[], None]) -> None:
     name = Path(sys.argv[0]).name
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except InputError as error:
         sys.exit(_fail(f"{name}: error: {error}", error.exit_code))
     except BrokenPipeError:  # `| head -1`: nobody reads what else there is to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_stdout()
         sys.exit(141)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
@@ -84,9 +89,17 @@ def run_script(main: Callable[[], None]) -> None:
             _fail(f"{name}: error: out of memory; use smaller images or batches, or a smaller model", 2)
         )
     except OSError as error:  # a full disk, a folder that went away
+        _leave_stdout()
         sys.exit(_fail(f"{name}: error: {error}", 1))
     except KeyboardInterrupt:
         sys.exit(_fail(f"{name}: interrupted", 130))
+
+
+def _leave_stdout() -> None:
+    """What could not be printed is not tried again when the process ends."""
+    if sys.stdout is not None:
+        with contextlib.suppress(OSError, ValueError):  # a stream without a file, as a test's
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -160,7 +173,13 @@ class Parser(argparse.ArgumentParser):
         if unknown.startswith("-"):
             near = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, 1)
             message += f"; did you mean {near[0]}?" if near else ""
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, f"{self.prog}: error: {shortened(message)} (see --help)\n")
+
+
+def shortened(text: str, most: int = 500) -> str:
+    """One line of a text, which a value out of a file may have made endless."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def whole_number(minimum: int, maximum: int = 10**18) -> Callable[[str], int]:
@@ -641,7 +660,9 @@ def save_tensors(path: Path, content: dict) -> None:
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # torch's own writer, on a full disk
-            raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+            is_full = shutil.disk_usage(path.parent).free < LITTLE_SPACE
+            reason = os.strerror(errno.ENOSPC) if is_full else str(error).splitlines()[0]
+            raise OSError(f"cannot write {path}: {reason}") from None
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> object:
@@ -651,7 +672,9 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> object:
         InputError: missing, damaged (also where only a checksum tells), or with anything else inside.
     """
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice for developers
+            content = torch.load(path, map_location=device, weights_only=True)
         if zipfile.is_zipfile(path):  # torch.load does not look at checksums
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():
@@ -662,9 +685,11 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> object:
         raise InputError(f"{path} is a folder; choose a file in it, of a run last.pt") from None
     except PermissionError:
         raise InputError(f"{path} cannot be read (permission denied); change its permissions") from None
-    except Exception:  # torch.load raises nearly anything on damaged files
+    except Exception as error:  # torch.load raises nearly anything on damaged files
         problem = (
-            "cannot be read as tensors and plain values; it is damaged or not a .pt file, use another"
+            f"cannot be read ({error.strerror}); mend that, or use another file"
+            if isinstance(error, OSError) and error.strerror
+            else "cannot be read as tensors and plain values; it is damaged or not a .pt file, use another"
         )
         raise InputError(f"{path} {problem}") from None
     return content

@@ -3,9 +3,11 @@ them; an augmentation is what --augment says, drawn from seed, epoch and index a
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -159,6 +161,72 @@ def test_an_empty_mask_of_a_defect_is_a_warning(widget):
     )
 
 
+def test_a_mask_that_is_all_white_is_a_warning(widget):
+    data = open_class(widget.parent, "widget")
+    save_image(widget / "ground_truth" / "hole" / "002_mask.png", np.full((32, 32), 255, np.uint8))
+    assert load_masks(data, 1)[5].all()
+    (warning,) = data.warnings
+    assert warning.startswith(
+        f"1 defective images have a mask that is all white, the first is {data.test[5].path}"
+    )
+
+
+def test_masks_in_color_are_as_good_as_white_ones_and_masks_in_alpha_are_refused(widget):
+    folder, square = widget / "ground_truth" / "hole", np.zeros((32, 32), np.uint8)
+    square[4:12, 4:12] = 1
+    indexed = Image.fromarray(square, "P")
+    indexed.putpalette([0, 0, 0, 128, 0, 0])  # a dark red
+    indexed.save(folder / "000_mask.png")
+    save_image(folder / "001_mask.png", square[..., None] * np.array([0, 0, 255], np.uint8))
+    masks = load_masks(open_class(widget.parent, "widget"), 1, size=(32, 32))
+    assert torch.equal(masks[3], torch.from_numpy(square).bool())
+    assert torch.equal(masks[4], masks[3])
+    white = np.full((32, 32, 4), 255, np.uint8)
+    white[..., 3] = square * 255
+    save_image(folder / "002_mask.png", white)
+    with pytest.raises(InputError, match=r"002_mask\.png has an alpha channel"):
+        load_masks(open_class(widget.parent, "widget"), 1)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("ground_truth", "Ground_truth", "Ground_truth is spelled ground_truth"),
+        ("test", "Test", "Test is spelled test"),
+        ("test/good", "test/Good", "Good is spelled good"),
+    ],
+)
+def test_folders_in_another_case_are_named(widget, old, new, message):
+    (widget / old).rename(widget / new)
+    with pytest.raises(InputError, match=message):
+        open_class(widget.parent, "widget", need_test=False)
+
+
+def test_of_one_image_and_one_mask_there_are_no_two(widget):
+    mask, image = widget / "ground_truth" / "hole" / "000_mask.png", widget / "test" / "hole" / "000.png"
+    save_image(mask.with_name("000.png"), np.zeros((32, 32), np.uint8))
+    with pytest.raises(
+        InputError, match=r"000\.png has two masks, .*000_mask\.png and .*000\.png; remove one"
+    ):
+        open_class(widget.parent, "widget")
+    mask.with_name("000.png").unlink()
+    save_image(image.with_suffix(".bmp"), np.zeros((32, 32, 3), np.uint8))
+    with pytest.raises(InputError, match=r"000_mask\.png is the mask of .*000\.bmp and of .*000\.png"):
+        open_class(widget.parent, "widget")
+
+
+def test_copies_of_images_are_a_warning(widget):
+    shutil.copy(widget / "train" / "good" / "002.png", widget / "test" / "good" / "x.png")
+    (warning,) = open_class(widget.parent, "widget").warnings
+    assert warning.startswith("1 images are the same in training and test, the first is ")
+    assert warning.endswith(f"test/good/x.png, a copy of {widget / 'train' / 'good' / '002.png'}")
+    for name in ("x", "y"):
+        shutil.copy(widget / "train" / "good" / "001.png", widget / "train" / "good" / f"{name}.png")
+    across, once_more = open_class(widget.parent, "widget").warnings
+    assert across == warning
+    assert once_more.startswith("2 images are the same once more, the first is ")
+
+
 # ------------------------------------------------------------------------------- other layouts
 
 
@@ -285,6 +353,9 @@ def test_what_is_wrong_with_a_visa_folder_is_named(tmp_path):
         split.write_text(text)
         with pytest.raises(InputError, match="lacks some of the columns"):
             open_class(tmp_path, "candle")
+    split.write_text(whole.replace(",test,", ",Test,"))
+    with pytest.raises(InputError, match="has the split 'Test', which is neither train nor test"):
+        open_class(tmp_path, "candle")
 
 
 def test_a_class_that_is_not_there_lists_those_that_are(tmp_path):
@@ -308,7 +379,8 @@ def test_a_class_that_is_not_there_lists_those_that_are(tmp_path):
         ("P", 0, (0, 0, 0)),
         ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
         ("F", 0.4, (102, 102, 102)),
-        ("F", 100.0, (100, 100, 100)),
+        ("F", 1.05, (255, 255, 255)),
+        ("I", 257 * 100, (100, 100, 100)),
     ],
 )
 def test_image_modes(tmp_path, mode, value, expected):
@@ -318,6 +390,34 @@ def test_image_modes(tmp_path, mode, value, expected):
     assert image.shape == (4, 8, 3)
     assert image.dtype == np.uint8
     assert tuple(image[2, 3]) == expected
+
+
+@pytest.mark.parametrize(("mode", "white"), [("F", 1), ("I;16", 65535)])
+def test_one_bright_pixel_does_not_change_the_scale(tmp_path, mode, white):
+    """White is that of the type of the file, whatever the highest value of an image is."""
+    dtype = np.float32 if mode == "F" else np.uint16
+    for highest in (0.2, 0.5, 1.0):
+        array = np.full((8, 8), 0.2 * white).astype(dtype)
+        array[0, 0] = highest * white
+        save_image(tmp_path / "a.tif", array)
+        assert (read_image(tmp_path / "a.tif")[1:] == 0.2 * 255).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1.7, 100.0, -0.5])
+def test_floating_point_values_that_cannot_be_scaled_are_refused(tmp_path, value):
+    array = np.full((8, 8), 0.5, np.float32)
+    array[3, 3] = value
+    save_image(tmp_path / "a.tif", array)
+    with pytest.raises(InputError, match=r"image .*a\.tif has values "):
+        read_image(tmp_path / "a.tif")
+
+
+def test_nearly_black_images_are_a_warning(widget):
+    assert open_class(widget.parent, "widget").warnings == []
+    for i, path in enumerate((widget / "train" / "good").iterdir()):
+        save_image(path, np.full((32, 32), 4000 + i, np.uint16))  # 12 bits in 16
+    (warning,) = open_class(widget.parent, "widget").warnings
+    assert "000.png and others are nearly black, their highest value is 16 of 255" in warning
 
 
 def test_images_are_resized_with_pil_bilinear(tmp_path):
@@ -401,6 +501,40 @@ def test_a_damaged_image_is_named(widget, damage):
     )
     with pytest.raises(InputError, match=r"cannot read image .*003\.png \([^']{5,}\); repair"):
         read_images(open_class(widget.parent, "widget").train, (32, 32))
+
+
+def test_looking_ahead_is_bounded_by_bytes(monkeypatch):
+    monkeypatch.setattr(dataset, "MOST_IN_FLIGHT", 100)
+    started = []
+    results = look_ahead(started.append, range(10), 8, 1, num_bytes=lambda i: 200 if i == 5 else 40)
+    for done in range(9):
+        next(results)
+        ahead = range(done + 1, max(started) + 1) if started else ()
+        assert sum(200 if i == 5 else 40 for i in ahead) <= 200
+        assert len(ahead) <= 2
+
+
+def test_large_images_are_decoded_a_few_at_a_time(paths, monkeypatch):
+    """Of eight threads two have work where two images are all that may be in flight."""
+    monkeypatch.setattr(dataset, "MOST_IN_FLIGHT", 2 * dataset.WORKING_COPIES * 32 * 32 * 3)
+    at_once, most, lock = [], [], threading.Lock()
+
+    def slow(path, size):
+        with lock:
+            at_once.append(path)
+            most.append(len(at_once))
+        time.sleep(0.02)
+        with lock:
+            at_once.remove(path)
+        return read_image(path, size)
+
+    monkeypatch.setattr(dataset, "read_image", slow)
+    for cache in ("ram", "none"):
+        images = Images(paths, (16, 16), cache, CPU, 8, "x")
+        assert sum(len(batch) for batch in images.batches([[i] for i in range(6)])) == 6
+    assert max(most) == 2
+    assert dataset.decoded_bytes(paths[0]) == 32 * 32 * 3
+    assert dataset.decoded_bytes(paths[0].parent) == 0
 
 
 @pytest.fixture

@@ -166,7 +166,10 @@ def test_a_damaged_state_starts_the_job_anew(tmp_path, trained):
     shutil.copytree(trained.run, tmp_path / "run")
     assert job.result()["folder"] == tmp_path / "run"
     state, result = tmp_path / "run" / "state.pt", tmp_path / "run" / "result.json"
-    for text in ("", "{", "[]", "{}", '{"last": null}', '{"last": {"epoch": 2}}', "\0"):
+    whole = result.read_text()
+    wrong = whole.replace('"image_auroc": 1.0', '"image_auroc": "1.0"')
+    assert wrong != whole
+    for text in ("", "{", "[]", "{}", '{"last": null}', '{"last": {"epoch": 2}}', "\0", wrong):
         result.write_text(text)
         assert job.result() is None
     assert job.training_flags() == ["--resume", str(tmp_path / "run")]
@@ -292,6 +295,12 @@ def test_plus_compares_the_scores_of_the_same_weights(tmp_path, run_main):
     rows = list(csv.DictReader((tmp_path / "out" / "plus" / "results.csv").open()))
     assert [r["choice"] for r in rows[:2]] == ["last", "last"]
     assert [float(r["pixel_auroc"]) for r in rows[:2]] == [0.95, 0.9]
+    (scored,) = (tmp_path / folder_of(lines[0])).glob("bank64/*/metrics.csv")
+    whole = scored.read_text()
+    for damaged in ("", whole[:20], whole[:-40], whole.replace("0.9,", "x,"), "\0"):
+        scored.write_text(damaged)
+        job = reproduce.Job("x", [], tmp_path / folder_of(lines[0]))
+        assert reproduce.Entry("screw", None, 0, job, job.folder / "bank64").result() is None
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,13 @@ import io
 import math
 import os
 import pickle
+import shutil
 import signal
+import subprocess
 import sys
 import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +91,25 @@ def test_an_error_without_a_terminal(run_main, monkeypatch):
         util.run_script(raising(InputError("no class")))
 
 
+def test_without_stdout_there_is_nothing_to_flush(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    util.run_script(lambda: None)
+    with pytest.raises(SystemExit, match="1"):
+        util.run_script(raising(OSError(28, "No space left on device")))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_output_that_cannot_be_written_is_said_once():
+    script = "import util; util.run_script(lambda: print('x'))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=Path(util.__file__).parent, stdout=full,
+            stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "No space left on device" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_stops_at_once_and_is_remembered(name):
     number_ = getattr(signal, name)
@@ -141,6 +164,16 @@ def test_flags_are_never_abbreviated_and_errors_are_one_line(capsys, arguments, 
     err = capsys.readouterr().err
     assert (stop.value.code, err.count("\n")) == (2, 1)
     assert message in err
+
+
+def test_endless_values_are_shortened(capsys):
+    parser = util.Parser(prog="x")
+    parser.add_argument("--n", type=int)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--n", "a\nb" * 10**5])
+    err = capsys.readouterr().err
+    assert len(err) < 600
+    assert err.count("\n") == 1
 
 
 def test_help_shows_defaults_and_the_description_as_written():
@@ -479,6 +512,7 @@ def flip_a_weight(path):
         (lambda path: path.write_text("<html>"), "damaged"),
         (lambda path: path.unlink(), "does not exist"),
         (lambda path: (path.unlink(), path.mkdir()), "is a folder"),
+        (lambda path: (path.unlink(), path.symlink_to(path.name)), r"cannot be read \(Too many levels"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, damage, message):
@@ -491,6 +525,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, damage, message):
 
 def test_a_full_disk_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda *_: raising(RuntimeError("[enforce fail] write"))())
-    with pytest.raises(OSError, match=r"cannot write .*a\.pt"):
+    with pytest.raises(OSError, match=r"cannot write .*a\.pt: \[enforce fail"):
+        save_tensors(tmp_path / "a.pt", {})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match=r"cannot write .*a\.pt: No space left on device"):
         save_tensors(tmp_path / "a.pt", {})
     assert list(tmp_path.iterdir()) == []
