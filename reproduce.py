@@ -379,6 +379,7 @@ def training_key(flags: list[str]) -> str:
     """The same for flags that give the same training."""
     args = train.parse_arguments(flags)
     about = vars(args) | asdict(train.model_config(args))
+    about["saveMemory"] = about["save_memory"]  # auto, the default, changes no number
     unread = ("numTemplate", "whiten", "smooth") if args.score == "paper" else ()
     default = train.make_parser().get_default
     unread += tuple(name for name in train.ADDED_FLAGS if about[name] == default(name))
