@@ -120,19 +120,13 @@ def train_class(args: Namespace, device: torch.device, stored: dict | None = Non
         stored: what a stopped run had saved.
     """
     data, asked, args = check_class(args), args, settle(args, device)
-    config, settings = model_config(args), (args.cache, device, args.numWorkers)
-    util.seed_everything(args.seed)
-    torch.backends.cudnn.benchmark = True  # every batch has the same shape
-    model = PyramidFlow(config)
-    if stored is None:
-        fill_encoder(model, args.encoderWeights)
-        initialize(model, args.init)
-    model.to(device).compute_networks_in(util.apply_precision(args.precision))
+    config, reading = model_config(args), (args.cache, device, args.numWorkers)
+    model = make_model(config, args, device, is_new=stored is None)
     augment = Augmentation.create(args.augment, args.cls[0], config.image_size, args.seed)
-    train_set = Images(data.train, config.image_size, *settings, "training images")
+    train_set = Images(data.train, config.image_size, *reading, "training images")
     test_set = TestSet.load(data, config, args.cache, args.numWorkers, device)
-    held_out = Images(data.held_out, config.image_size, *settings, "held-out images")
-    steps = len(util.share(range(len(data.train) // args.batchSize), equal=True))
+    held_out = Images(data.held_out, config.image_size, *reading, "held-out images")
+    steps = len(util.share(range(len(data.train) // args.batchSize), equal=True))  # of an epoch
     optimizer = make_optimizer(model, args)
     scheduler = make_scheduler(optimizer, args, steps)
     state = State(args, model, optimizer, scheduler, data)
@@ -142,29 +136,26 @@ def train_class(args: Namespace, device: torch.device, stored: dict | None = Non
     with Run(args, config, data, state, device) as run, StopSignals() as stop:
         run.say(remarks(asked, args, config, data, device, augment))
         pace = Pace(steps * (args.epochs + 1 - state.epoch), args.batchSize * util.world_size(), run.say)
-        try:
-            for epoch in range(state.epoch, args.epochs + 1):
-                clock = Clock(device)
-                with clock.part("training"):
-                    order = util.share(training_order(len(train_set), args.batchSize), equal=True)
-                    batches = train_set.batches(order, augment, epoch)
-                    bar = util.progress(batches, f"epoch {epoch}/{args.epochs}", len(order))
-                    loss = train_one_epoch(network, model, optimizer, scheduler, bar, args, stop, pace)
-                util.average(model.buffers())  # in training nothing reads the running statistics
-                if epoch % args.evalEvery == 0 or epoch == args.epochs:
-                    evaluated = evaluate(model, train_set, test_set, args, clock, held_out)
-                    state.add_rows([scorer for scorer, _ in evaluated], epoch, loss, clock)
-                    pace.evaluated(clock, evaluations_left(args, epoch))
-                    run.record(evaluated[-1][0])
-                run.say([epoch_line(epoch, loss, state.rows, args, clock)])
-                check_finite(model)
-                state.epoch = epoch + 1
-                run.save_state()
-                stop.check()
-            evaluated = evaluated or evaluate(model, train_set, test_set, args, Clock(device), held_out)
-            run.finish(evaluated[-1][0], *what_to_show(test_set, train_set, held_out, evaluated))
-        except KeyboardInterrupt:
-            raise Interrupted(f"stopped in epoch {state.epoch}{run.how_to_resume()}") from None
+        for epoch in range(state.epoch, args.epochs + 1):
+            clock = Clock(device)
+            with clock.part("training"):
+                order = util.share(training_order(len(train_set), args.batchSize), equal=True)
+                batches = train_set.batches(order, augment, epoch)
+                bar = util.progress(batches, f"epoch {epoch}/{args.epochs}", len(order))
+                loss = train_one_epoch(network, model, optimizer, scheduler, bar, args, stop, pace)
+            util.average(model.buffers())  # in training nothing reads the running statistics
+            if epoch % args.evalEvery == 0 or epoch == args.epochs:
+                evaluated = evaluate(model, train_set, test_set, args, clock, held_out)
+                state.add_rows([scorer for scorer, _ in evaluated], epoch, loss, clock)
+                pace.evaluated(clock, evaluations_left(args, epoch))
+                run.record(evaluated[-1][0])
+            run.say([epoch_line(epoch, loss, state.rows, args, clock)])
+            check_finite(model)
+            state.epoch = epoch + 1
+            run.save_state()
+            stop.check()
+        evaluated = evaluated or evaluate(model, train_set, test_set, args, Clock(device), held_out)
+        run.finish(evaluated[-1][0], *what_to_show(test_set, train_set, held_out, evaluated))
     return state.rows[-1]
 
 
@@ -362,6 +353,23 @@ def evaluations_left(args: Namespace, epoch: int) -> int:
     return sum(e % args.evalEvery == 0 or e == args.epochs for e in later)
 
 
+def make_model(
+    config: PyramidFlowConfig, args: Namespace, device: torch.device, is_new: bool
+) -> PyramidFlow:
+    """The seeded model on its device; of a new run with the weights that it starts from.
+
+    Raises:
+        InputError: the weights cannot be had, or do not fit.
+    """
+    util.seed_everything(args.seed)
+    torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    model = PyramidFlow(config)
+    if is_new:
+        fill_encoder(model, args.encoderWeights)
+        initialize(model, args.init)
+    return model.to(device).compute_networks_in(util.apply_precision(args.precision))
+
+
 def make_optimizer(model: PyramidFlow, args: Namespace) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     betas = (args.beta1, args.beta2)
@@ -446,14 +454,8 @@ class State:
 
     def content(self) -> dict:
         parts = {name: part.state_dict() for name, part in self._parts.items()}
-        random_state = torch.get_rng_state()
-        return {
-            **self._fixed,
-            **parts,
-            "epoch": self.epoch,
-            "rows": self.rows,
-            "random_state": random_state,
-        }
+        rest = {"epoch": self.epoch, "rows": self.rows, "random_state": torch.get_rng_state()}
+        return {**self._fixed, **parts, **rest}
 
     def restore(self, stored: dict | None) -> None:
         """Take what `content` gave; None: nothing.
@@ -510,13 +512,11 @@ class Run:
             return
         is_new = args.resume is None
         folder = util.create_run_folder(Path(args.saveDir), args.cls[0]) if is_new else Path(args.resume)
-        self.folder, self.log = (
-            folder,
-            util.start_log(folder / "log.txt", util.describe_environment(device)),
-        )
+        self.folder = folder
+        self.log = util.start_log(folder / "log.txt", util.describe_environment(device))
         if is_new:
-            counts = {"training_images": len(data.train), "test_images": len(data.test)}
-            counts["held_out_images"] = len(data.held_out)
+            parts = {"training": data.train, "test": data.test, "held_out": data.held_out}
+            counts = {f"{name}_images": len(images) for name, images in parts.items()}
             settings = {"settings": vars(args), "model": config.to_dict(), **counts}
             util.write_json(folder / "config.json", settings)
             self.save_state()
@@ -530,17 +530,17 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
+        """Raises Interrupted, which says how to resume, in the place of KeyboardInterrupt."""
+        how = f"; resume with: python train.py --resume {shlex.quote(str(self.folder))}"
         for handler in self.log.handlers if self.log else ():
             handler.close()
+        if kind is KeyboardInterrupt:
+            raise Interrupted(f"stopped in epoch {self.state.epoch}{how if self.log else ''}") from None
 
     def say(self, lines: Iterable[str]) -> None:
         for line in lines if self.log else ():
             self.log.info(line)
-
-    def how_to_resume(self) -> str:
-        command = f"python train.py --resume {shlex.quote(str(self.folder))}"
-        return f"; resume with: {command}" if self.log else ""
 
     def save_state(self) -> None:
         """All that `--resume` needs, in one file that is always whole."""
@@ -604,9 +604,9 @@ class Run:
         for metric in ("pixel_auroc", "pixel_pro", "image_auroc"):
             if last[metric] is not None:
                 rows[f"best_{metric}"] = {**self._best(metric), "chosen_on": f"test set, by {metric}"}
-        shown = {name: self._shown(row) for name, row in rows.items()}
-        for name, row in shown.items():
-            shown[name] = {k: v for k, v in row.items() if k != "seconds"}
+        shown = {name: self._shown({**row}) for name, row in rows.items()}
+        for row in shown.values():
+            del row["seconds"]
         return {"class": self.args.cls[0], "seed": self.args.seed, "score": self.args.score, **shown}
 
     def _table(self) -> str:
@@ -661,10 +661,8 @@ def remarks(
     ]
     if asked.saveMemory == "auto":
         need = activation_bytes(config, args.batchSize, args.precision, device) / 2**30
-        how = "rebuilt by inversion" if args.saveMemory else "kept"
-        lines.append(
-            f"--saveMemory auto is {str(args.saveMemory).lower()}: activations, about {need:.2g} GiB, are {how}"
-        )
+        how = "true: rebuilt by inversion" if args.saveMemory else "false: kept"
+        lines.append(f"--saveMemory auto is {how} are activations that take about {need:.2g} GiB")
     unread = ("encoderBN", "encoderWeights") if args.encoder == "none" else ("numChannel",)
     set_ = [flag for flag in unread if getattr(args, flag) != make_parser().get_default(flag)]
     return lines + [f"--{flag} has no effect with --encoder {args.encoder}" for flag in set_]
@@ -939,10 +937,8 @@ def activation_bytes(
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     c, size = config.channels, dtype.itemsize
     pixels = [batch_size * h * w for h, w in map(config.level_size, range(config.num_level))]
-    kept, peak = (
-        4 * c * sum(pixels),
-        10 * c * pixels[0] * (batch_size - 1),
-    )  # of the loss: pairs of images
+    peak = 10 * c * pixels[0] * (batch_size - 1)  # of the loss: it grows with the pairs of images
+    kept = 4 * c * sum(pixels)
     for kind, i in coupling_schedule(config.num_level) * config.num_stack:
         target = i if kind == "up" else i + 1
         level = i if kind == "down" else target  # of the hidden map
@@ -971,10 +967,9 @@ def convolution_bytes(
     """
     (batch, height, width), (own, upsampled), outputs = shape, inputs, 2 * config.channels
     channels, k = own + upsampled, config.kernel_size
-    weight = torch.empty(outputs, channels, k, k, dtype=dtype)
-    x = torch.empty((), dtype=dtype).expand(batch, own, height, width) if own else None
-    small = torch.empty((), dtype=dtype).expand(batch, upsampled, height // 2, width // 2)
-    small = small if upsampled else None
+    weight, number_ = torch.empty(outputs, channels, k, k, dtype=dtype), torch.empty((), dtype=dtype)
+    x = number_.expand(batch, own, height, width) if own else None
+    small = number_.expand(batch, upsampled, height // 2, width // 2) if upsampled else None
     if device.type == "cpu" and pays_in_frequency_domain(weight, x, small, stride):
         numbers = (TILE + k - 1) * ((TILE + k - 1) // 2 + 1) * dtype.itemsize
         tiles = batch * -(-height // TILE) * -(-width // TILE)
