@@ -109,13 +109,10 @@ def save_panel(
     path: Path, title: str, image: np.ndarray, template: np.ndarray | None, anomaly_map: Tensor,
     scale: tuple[float, float], mask: Tensor | None,
 ) -> None:  # fmt: skip
-    """Save image / image template / anomaly map / ground truth in a row (Fig. 7); None is left out.
+    """Save image and template (h,w,3), anomaly map and true mask (H,W) in a row (Fig. 7); None is left out.
 
     Args:
-        image, template: uint8 (h,w,3).
-        anomaly_map: (H,W).
         scale: (lowest, highest) score of the colors.
-        mask: bool (H,W).
     """
     colors = {"cmap": COLOR_MAP, "vmin": scale[0], "vmax": scale[1]}
     parts = [("image", image, {}), ("anomaly map", anomaly_map.cpu().numpy(), colors)]
@@ -145,11 +142,7 @@ def save_histogram(
     path: Path, scores: Tensor, defective: Tensor, calibration: Calibration | None,
     shown: str = "test images",
 ) -> None:  # fmt: skip
-    """Save image scores of good and defective images, with the thresholds that separate them.
-
-    Args:
-        scores, defective: (N,).
-    """
+    """Save a histogram of scores (N,) of good and defective images, with the thresholds that separate them."""
     images, thresholds = Ranking(scores[~defective], scores[defective]), {}
     if calibration is not None:
         kind = "held-out" if calibration.held_out else "good training"

@@ -36,25 +36,12 @@ import torch
 
 import figures
 import train
+import util
 from dataset import MVTEC_TEXTURES, list_classes, recognize
 from jobs import Job, Machines, run_jobs, shown
 from metrics import METRICS, TABLE_METRICS
 from scorer import MOST_TEMPLATES, ScoreOptions
-from util import (
-    InputError,
-    Interrupted,
-    Parser,
-    StopSignals,
-    check_writable,
-    choose_precision,
-    lock,
-    markdown_table,
-    percent,
-    run_script,
-    whole_number,
-    write_csv,
-    write_text,
-)
+from util import InputError, Interrupted, Parser, percent, whole_number
 
 ROOT = Path(__file__).parent
 PAPER_TABLES = ROOT / "paper_tables"
@@ -154,16 +141,16 @@ def main() -> None:
         for entry in plan:
             print(dry_line(entry.job))
         return
-    check_writable(args.out, "--out")
+    util.check_writable(args.out, "--out")
     folder = args.out / args.table
     folder.mkdir(parents=True, exist_ok=True)
     failed = run(plan, args)
     if table.plus:
         score_banks(plan, args)
         failed += [e.job for e in plan if e.result() is None and e.job not in failed]
-    write_csv(folder / "results.csv", [row for entry in plan for row in result_rows(entry)])
+    util.write_csv(folder / "results.csv", [row for entry in plan for row in result_rows(entry)])
     text = markdown(table, plan, failed, args)
-    write_text(folder / "table.md", text + "\n")
+    util.write_text(folder / "table.md", text + "\n")
     print(f"\n{text}\n\nwritten to {folder}")
     if args.table == "fig7" or args.fig7:
         save_fig7(folder / "fig7.png", plan)
@@ -340,7 +327,7 @@ def faithful_flags(table: Table, given: dict) -> list[str]:
         return []
     try:
         device = torch.device("cuda" if visible_gpus(given) else "cpu")
-        return ["--precision", choose_precision("tf32", device)]
+        return ["--precision", util.choose_precision("tf32", device)]
     except InputError:
         return ["--precision", "fp32"]
 
@@ -381,8 +368,8 @@ def run(plan: list[Entry], args: argparse.Namespace) -> list[Job]:
 
     machines = Machines(visible_gpus(args.given), args.jobs, args.slurm)
     try:
-        with StopSignals(), (args.out / "lock").open("a") as file:
-            if not lock(file):
+        with util.StopSignals(), (args.out / "lock").open("a") as file:
+            if not util.lock(file):
                 raise InputError(
                     f"another reproduce.py works in {args.out}; wait for it, or choose another --out"
                 )
@@ -453,7 +440,7 @@ def markdown(table: Table, plan: list[Entry], failed: list[Job], args: argparse.
             if entry.variant == variant:
                 results[entry.cls][entry.seed] = entry.result()
         rows = (bank_rows if table.plus else paper_rows)(table, results, read_paper(variant))
-        lines += ["", f"### {variant.name}", "", markdown_table(next(rows), rows)]
+        lines += ["", f"### {variant.name}", "", util.markdown_table(next(rows), rows)]
     if failed:
         lines += ["", "Failed:", ""]
         lines += [f"- {job.name}: {job.reason()} (see {job.log})" for job in failed]
@@ -548,4 +535,4 @@ def save_fig7(path: Path, plan: list[Entry]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    util.run_script(main)

@@ -214,10 +214,10 @@ def evaluate(
         return [(scorer, empty_scores(scorer.device)) for scorer in scorers]
     with clock.part("test"):
         scored = score_all(scorers, test_set.images)
-    for option, scorer, (maps, scores) in zip(options, scorers, scored, strict=True):
-        with clock.part("metrics"):
+    with clock.part("metrics"):
+        for option, scorer, (maps, scores) in zip(options, scorers, scored, strict=True):
             metrics = evaluate_maps(maps, test_set.truth, args.proLimit, scores)
-        scorer.metrics = {"score": option.score, **asdict(metrics)}
+            scorer.metrics = {"score": option.score, **asdict(metrics)}
     return list(zip(scorers, scored, strict=True))
 
 
@@ -707,8 +707,7 @@ def auto_or(convert: Callable[[str], object]) -> Callable[[str], object]:
 def add_data_flags(parser: Parser) -> None:
     """Which images there are, and how they are read."""
     add = parser.add_argument_group("data").add_argument
-    add("--cls", nargs="+", default=["tile"], metavar="CLASS",
-        help="folders of --datapath, one run each; or all")
+    add("--cls", nargs="+", default=["tile"], metavar="CLASS", help="folders of --datapath, one run each; or all")
     add("--datapath", default="../mvtec_anomaly_detection",
         help="folder of MVTec AD, AD 2 or LOCO, BTAD, VisA, Real-IAD, or data in MVTec's layout")
     add("--good", metavar="DIR",
@@ -734,16 +733,13 @@ def add_model_flags(parser: Parser) -> None:
     add("--encoder", choices=ENCODERS, default="resnet18", help="none: fixed 1x1 convolution (FNF)")
     add("--encoderBN", choices=ENCODER_BNS, default="batch",
         help="the encoder's BatchNorm while training: the batch's statistics, or frozen")
-    add("--encoderWeights", metavar="PATH",
-        help="file of encoder weights with torchvision's names, instead of a download")
+    add("--encoderWeights", metavar="PATH", help="file with torchvision's names, instead of a download")
     add("--numLayer", choices=("auto", *"2345678"), default="auto", metavar="{auto,2..8}",
         help="levels of the pyramid; auto: by class")
-    add("--volumeNorm", choices=("auto", *VOLUME_NORMS), default="auto",
-        help="volume normalization; auto: by class")
+    add("--volumeNorm", choices=("auto", *VOLUME_NORMS), default="auto", help="normalization; auto: by class")
     add("--kernelSize", type=whole_number(1, 99), default=7, help="of the coupling blocks' convolutions, odd")
     add("--numChannel", type=whole_number(1, 1024), default=16, help="channels with --encoder none")
-    add("--numStack", type=whole_number(1, 256), default=4,
-        help="repetitions of the schedule of coupling blocks")
+    add("--numStack", type=whole_number(1, 256), default=4, help="repetitions of the coupling blocks' schedule")
     add("--init", metavar="LAST.pt", help="start from the weights of a checkpoint")
 
 
@@ -761,8 +757,7 @@ def add_training_flags(parser: Parser) -> None:
     add("--clipNorm", type=number(0, above=True), default=1.0, help="largest norm of the gradient")
     add("--scheduler", choices=("constant", "cosine", "step"), default="constant",
         help="of the learning rate; cosine: to zero; step: a tenth for the last third")
-    add("--warmup", type=number(0), default=0.0, metavar="EPOCHS",
-        help="in which the learning rate rises linearly")
+    add("--warmup", type=number(0), default=0.0, metavar="EPOCHS", help="in which the learning rate rises")
     add("--saveMemory", type=auto_or(util.boolean), default="auto", metavar="{auto,true,false}",
         help="backpropagate by inversion: memory does not grow with depth; auto: where the activations would "
         "take half of the free memory")
@@ -788,13 +783,11 @@ def add_other_flags(parser: Parser) -> None:
     group = parser.add_argument_group("running")
     util.add_running_flags(group)
     add = group.add_argument
-    add("--evalEvery", type=whole_number(1), default=1,
-        help="epochs between evaluations; the last is always evaluated")
+    add("--evalEvery", type=whole_number(1), default=1, help="epochs from evaluation to evaluation; also the last")
     add("--saveDir", default="saveDir", help="folder in which the run's folder is made")
     add("--resume", metavar="RUN",
         help="folder of a run to resume; its settings come with it; with more --epochs also a finished one")
-    add("--config", metavar="FILE",
-        help="yaml or json file of flags, such as a run's config.json; the command line wins")
+    add("--config", metavar="FILE", help="yaml or json of flags, as a run's config.json; the command line wins")
     add("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
 # fmt: on
 
@@ -814,10 +807,9 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
 
 def folder_of_good(args: Namespace) -> Path | None:
     """The folder that holds the good images itself: --good, or a --datapath that holds images and no classes."""
-    datapath = Path(args.datapath)
-    if args.good is None:
-        return datapath if dataset.is_flat(datapath, args.dataset) else None
-    return Path(args.good)
+    if args.good is not None:
+        return Path(args.good)
+    return Path(args.datapath) if dataset.is_flat(Path(args.datapath), args.dataset) else None
 
 
 def open_data(args: Namespace) -> AnomalyClass:
