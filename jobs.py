@@ -35,14 +35,7 @@ SLURM_MINUTES = 24 * 60
 
 @dataclass
 class Job:
-    """One training.
-
-    Attributes:
-        name: of the job, for people.
-        flags: of train.py.
-        folder: of the job's own; the run's folder is made in it.
-        attempts: so far.
-    """
+    """One training, by train.py with the flags; the run's folder is made in the job's own."""
 
     name: str
     flags: list[str]
@@ -54,7 +47,6 @@ class Job:
         return self.folder / "output.txt"
 
     def command(self) -> list[str]:
-        """What runs the job in a process of its own."""
         return [sys.executable, str(ROOT / "jobs.py"), str(self.folder), *self.flags]
 
     def training_flags(self) -> list[str]:
@@ -108,9 +100,7 @@ def run_job(job: Job) -> None:
     """Run the job in this process, which keeps its log locked; a process that is at it is waited for."""
     job.folder.mkdir(parents=True, exist_ok=True)
     with job.log.open("a") as file:
-        while not lock(file):
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-        while any(map(_is_locked, job.folder.glob("*/log.txt"))):
+        while not lock(file) or any(map(_is_locked, job.folder.glob("*/log.txt"))):
             time.sleep(SECONDS_BETWEEN_LOOKS)
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -167,18 +157,15 @@ def run_jobs(
         while waiting or running:
             start(waiting, free, running, submit, report)
             time.sleep(SECONDS_BETWEEN_LOOKS)
-            for entry in [entry for entry in running if entry[-1].done()]:
-                running.remove(entry)
-                job, place, _ = entry
+            for job, place, process in [entry for entry in running if entry[-1].done()]:
+                running.remove((job, place, process))
                 free.append(place)
                 if job.result() is not None:
                     report(job, "done")
-                elif job.attempts < ATTEMPTS:
-                    report(job, f"failed, once more: {job.reason()}")
-                    waiting.append(job)
-                else:
-                    report(job, f"failed: {job.reason()}")
-                    failed.append(job)
+                    continue
+                again = job.attempts < ATTEMPTS
+                report(job, f"failed{', once more' * again}: {job.reason()}")
+                (waiting if again else failed).append(job)
     finally:
         for *_, process in running:
             process.cancel()
@@ -238,13 +225,10 @@ def this_machine(num_places: int) -> Callable[[Job, str | None], Process]:
     """What starts a job on a GPU; the threads are shared out among the jobs at once."""
 
     def submit(job: Job, gpu: str | None) -> Process:
-        environment = {
-            "GOMP_SPINCOUNT": "1000",
-            **os.environ,
-        }  # idle threads make room for the other jobs
-        environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // num_places))
-        environment["CUDA_VISIBLE_DEVICES"] = gpu or ""
-        return Process(job, environment)
+        threads = str(max(1, torch.get_num_threads() // num_places))
+        own = {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": gpu or ""}
+        # Idle threads make room for the other jobs.
+        return Process(job, {"GOMP_SPINCOUNT": "1000", **os.environ, **own})
 
     return submit
 

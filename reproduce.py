@@ -37,31 +37,19 @@ import torch
 
 import figures
 import train
+import util
 from dataset import MVTEC_TEXTURES, list_classes, recognize
 from jobs import Job, Machines, run_jobs, shown
 from metrics import METRICS, TABLE_METRICS
 from scorer import MOST_TEMPLATES, ScoreOptions
-from util import (
-    InputError,
-    Interrupted,
-    Parser,
-    StopSignals,
-    check_writable,
-    choose_precision,
-    lock,
-    markdown_table,
-    percent,
-    run_script,
-    whole_number,
-    write_csv,
-    write_text,
-)
+from util import InputError, Interrupted, Parser, percent, whole_number
 
 ROOT = Path(__file__).parent
 PAPER_TABLES = ROOT / "paper_tables"
 PAPER_COLUMNS = {"pixel_auroc": "pixel_auroc", "pixel_pro": "pro", "image_auroc": "image_auroc"}
 FNF = ("--encoder", "none", "--augment", "none")  # the paper's FNF rows are without augmentation
 RES18 = ("--encoder", "resnet18")
+TABLE1_CLASSES = ("capsule", "pill", "toothbrush", "carpet", "grid", "zipper")
 TABLE3_CLASSES = (
     "carpet", "leather", "tile", "wood", "bottle", "cable", "capsule", "hazelnut", "pill", "toothbrush",
     "transistor", "zipper",
@@ -92,38 +80,23 @@ NOT_IN_KEY = (
 
 @dataclass(frozen=True)
 class Variant:
-    """A column of the paper's table: how it is trained, and where the paper's numbers are.
-
-    Attributes:
-        name: for our table.
-        flags: of train.py.
-        paper: (column, value) that selects rows of the files in paper_tables/.
-    """
+    """A column of the paper's table: how it is trained, and where the paper's numbers are."""
 
     name: str
-    flags: tuple[str, ...]
-    paper: tuple[str, str]
+    flags: tuple[str, ...]  # of train.py
+    paper: tuple[str, str]  # (column, value) of the rows in paper_tables/
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper; or `plus`, which is ours.
-
-    Attributes:
-        title: of it.
-        classes: in the paper's order; none: all that the data have.
-        variants: what is trained on each.
-        metrics: that are compared.
-        datapath: where the data are by default.
-        plus: compare the paper's score with the bank's, of the same trained weights.
-    """
+    """A table of the paper; or `plus`, which is ours."""
 
     title: str
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # in the paper's order; none: all that the data have
     variants: tuple[Variant, ...]
     metrics: tuple[str, ...] = ("pixel_auroc", "pixel_pro")
     datapath: str = "../mvtec_anomaly_detection"
-    plus: bool = False
+    plus: bool = False  # compare the paper's score with the bank's, of the same trained weights
 
 
 def tables() -> dict[str, Table]:
@@ -137,40 +110,24 @@ def tables() -> dict[str, Table]:
     def ablation(name: str, *flags: str) -> Variant:
         return Variant(name, (*FNF, *flags), ("ablation", name))
 
+    volume_norms = (volume_norm("CVN"), volume_norm("SVN"))
+    ablations = (
+        ablation("baseline"),
+        ablation("I no volume normalization", "--volumeNorm", "none", "--loss", "likelihood"),
+        ablation("II zero template", "--template", "zero"),
+        ablation("III compose then difference", "--contrast", "composed"),
+        ablation("IV spatial loss", "--loss", "spatial"),
+    )
+    btad = ("01", "02", "03"), (res18,), ("image_auroc", "pixel_auroc"), "../BTech_Dataset_transformed"
+    of_plus = ("pixel_auroc", "pixel_pro", "pixel_pro_limited", "image_auroc", "image_ap")
     return {
-        "table1": Table(
-            "Table 1, volume normalization (FNF)",
-            ("capsule", "pill", "toothbrush", "carpet", "grid", "zipper"),
-            (volume_norm("CVN"), volume_norm("SVN")),
-        ),
-        "table2": Table(
-            "Table 2 with S1 and S2, ablations (FNF)",
-            MVTEC_CLASSES,
-            (
-                ablation("baseline"),
-                ablation("I no volume normalization", "--volumeNorm", "none", "--loss", "likelihood"),
-                ablation("II zero template", "--template", "zero"),
-                ablation("III compose then difference", "--contrast", "composed"),
-                ablation("IV spatial loss", "--loss", "spatial"),
-            ),
-        ),
+        "table1": Table("Table 1, volume normalization (FNF)", TABLE1_CLASSES, volume_norms),
+        "table2": Table("Table 2 with S1 and S2, ablations (FNF)", MVTEC_CLASSES, ablations),
         "table3": Table("Tables 3 and 5, MVTec AD", MVTEC_CLASSES, both),
-        "table4": Table(
-            "Table 4, BTAD",
-            ("01", "02", "03"),
-            (res18,),
-            ("image_auroc", "pixel_auroc"),
-            "../BTech_Dataset_transformed",
-        ),
+        "table4": Table("Table 4, BTAD", *btad),
         "table5": Table("Table 5, MVTec AD", TABLE5_CLASSES, both),
         "fig7": Table("Fig. 7", MVTEC_CLASSES, (fnf,)),
-        "plus": Table(
-            "Beyond the paper: a bank of templates",
-            (),
-            both,
-            ("pixel_auroc", "pixel_pro", "pixel_pro_limited", "image_auroc", "image_ap"),
-            plus=True,
-        ),
+        "plus": Table("Beyond the paper: a bank of templates", (), both, of_plus, plus=True),
     }
 
 
@@ -185,16 +142,16 @@ def main() -> None:
         for entry in plan:
             print(dry_line(entry.job))
         return
-    check_writable(args.out, "--out")
+    util.check_writable(args.out, "--out")
     folder = args.out / args.table
     folder.mkdir(parents=True, exist_ok=True)
     failed = run(plan, args)
     if table.plus:
         score_banks(plan, args)
         failed += [e.job for e in plan if e.result() is None and e.job not in failed]
-    write_csv(folder / "results.csv", [row for entry in plan for row in result_rows(entry)])
+    util.write_csv(folder / "results.csv", [row for entry in plan for row in result_rows(entry)])
     text = markdown(table, plan, failed, args)
-    write_text(folder / "table.md", text + "\n")
+    util.write_text(folder / "table.md", text + "\n")
     print(f"\n{text}\n\nwritten to {folder}")
     if args.table == "fig7" or args.fig7:
         save_fig7(folder / "fig7.png", plan)
@@ -285,19 +242,17 @@ class Entry:
             with contextlib.suppress(
                 OSError, ValueError, KeyError, TypeError
             ):  # a damaged one does not count
-                rows = _read_metrics(path)
+                rows = read_csv(path)
+                for row in rows:
+                    row.update({name: float(row[name]) if row[name] else None for name in METRICS})
                 if [row["score"] for row in rows] == ["paper", "bank"]:
                     return {"folder": path.parent, "last_paper": rows[0], "last": rows[1]}
         return None
 
 
-def _read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.csv, their metrics as numbers."""
+def read_csv(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return [
-        {**row, **{name: float(row[name]) if row[name] else None for name in METRICS}} for row in rows
-    ]
+        return list(csv.DictReader(file))
 
 
 def choose(table: Table, args: argparse.Namespace) -> Table:
@@ -314,20 +269,20 @@ def choose(table: Table, args: argparse.Namespace) -> Table:
         for name in list_classes(datapath, recognize(datapath)):
             args.folders.setdefault(name, datapath)
     classes = tuple(args.classes or table.classes or args.folders)
-    where, have = " ".join(map(str, datapaths)), ", ".join(args.folders) or "no classes"
-    if missing := [name for name in classes if name not in args.folders]:
-        raise InputError(
-            f"{where} lacks {', '.join(missing)} (it has {have}); choose the data set by --datapath, or some "
-            "classes by --classes"
-        )
-    if not classes:
-        raise InputError(f"no classes in --datapath {where}; choose a data set's folder")
-    if unknown := args.epochs.keys() - {"", *classes}:
-        raise InputError(f"--epochs {min(unknown)}=...: not one of the classes {', '.join(classes)}")
     encoder = args.encoder or ("none" if table.plus else "all")
     variants = tuple(v for v in table.variants if encoder in ("all", v.flags[1]))
-    if not variants:
-        raise InputError(f"{table.title} has no part with --encoder {args.encoder}; leave it out")
+    where, have = " ".join(map(str, datapaths)), ", ".join(args.folders) or "no classes"
+    lacking = ", ".join(name for name in classes if name not in args.folders)
+    unknown = sorted(args.epochs.keys() - {"", *classes})
+    for wrong, message in (
+        (lacking, f"{where} lacks {lacking} (it has {have}); choose the data set by --datapath, or some classes "
+         "by --classes"),
+        (not classes, f"no classes in --datapath {where}; choose a data set's folder"),
+        (unknown, f"--epochs {''.join(unknown[:1])}=...: not one of the classes {', '.join(classes)}"),
+        (not variants, f"{table.title} has no part with --encoder {args.encoder}; leave it out"),
+    ):  # fmt: skip
+        if wrong:
+            raise InputError(message)
     args.epochs = {name: args.epochs.get(name, args.epochs[""]) for name in classes}
     return replace(table, classes=tuple(dict.fromkeys(classes)), variants=variants)
 
@@ -347,10 +302,9 @@ def check_more_flags(table: Table, given: dict) -> None:
 
 def visible_gpus(given: dict) -> tuple[str, ...]:
     """The GPUs for the jobs, as in CUDA_VISIBLE_DEVICES; none with `--gpu cpu`."""
-    count, names = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if "gpu" in given:
-        return ()
-    return tuple(names.split(",")[:count] if names else map(str, range(count)))
+    count = 0 if "gpu" in given else torch.cuda.device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return tuple(names.split(",")[:count])
 
 
 def plan_jobs(table: Table, args: argparse.Namespace) -> list[Entry]:
@@ -377,7 +331,7 @@ def faithful_flags(table: Table, given: dict) -> list[str]:
         return []
     try:
         device = torch.device("cuda" if visible_gpus(given) else "cpu")
-        return ["--precision", choose_precision("tf32", device)]
+        return ["--precision", util.choose_precision("tf32", device)]
     except InputError:
         return ["--precision", "fp32"]
 
@@ -386,6 +340,7 @@ def training_key(flags: list[str]) -> str:
     """The same for flags that give the same training."""
     args = train.parse_arguments(flags)
     about = vars(args) | asdict(train.model_config(args))
+    about["saveMemory"] = about["save_memory"]  # auto, the default, changes no number
     unread = ("numTemplate", "whiten", "smooth") if args.score == "paper" else ()
     default = train.make_parser().get_default
     unread += tuple(name for name in train.ADDED_FLAGS if about[name] == default(name))
@@ -417,8 +372,8 @@ def run(plan: list[Entry], args: argparse.Namespace) -> list[Job]:
 
     machines = Machines(visible_gpus(args.given), args.jobs, args.slurm)
     try:
-        with StopSignals(), (args.out / "lock").open("a") as file:
-            if not lock(file):
+        with util.StopSignals(), (args.out / "lock").open("a") as file:
+            if not util.lock(file):
                 raise InputError(
                     f"another reproduce.py works in {args.out}; wait for it, or choose another --out"
                 )
@@ -462,15 +417,12 @@ def result_rows(entry: Entry) -> list[dict]:
 def read_paper(variant: Variant) -> dict[str, dict[str, float]]:
     """class -> metric -> percent."""
     column, value = variant.paper
-    found = {}
-    for path in sorted(PAPER_TABLES.glob("*.csv")):
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                if row.get(column) == value:
-                    found[row["class"]] = {
-                        metric: float(row[name]) for metric, name in PAPER_COLUMNS.items() if name in row
-                    }
-    return found
+    rows = (row for path in sorted(PAPER_TABLES.glob("*.csv")) for row in read_csv(path))
+    return {
+        row["class"]: {key: float(row[name]) for key, name in PAPER_COLUMNS.items() if name in row}
+        for row in rows
+        if row.get(column) == value
+    }
 
 
 def markdown(table: Table, plan: list[Entry], failed: list[Job], args: argparse.Namespace) -> str:
@@ -492,14 +444,10 @@ def markdown(table: Table, plan: list[Entry], failed: list[Job], args: argparse.
             if entry.variant == variant:
                 results[entry.cls][entry.seed] = entry.result()
         rows = (bank_rows if table.plus else paper_rows)(table, results, read_paper(variant))
-        lines += ["", f"### {variant.name}", "", markdown_table(next(rows), rows)]
+        lines += ["", f"### {variant.name}", "", util.markdown_table(next(rows), rows)]
     if failed:
-        lines += [
-            "",
-            "Failed:",
-            "",
-            *(f"- {job.name}: {job.reason()} (see {job.log})" for job in failed),
-        ]
+        lines += ["", "Failed:", ""]
+        lines += [f"- {job.name}: {job.reason()} (see {job.log})" for job in failed]
     return "\n".join(lines)
 
 
@@ -514,13 +462,10 @@ def paper_rows(table: Table, results: Results, paper: dict) -> Iterator[list[str
         last = [seed_means(results, group, "last", metric) for metric in table.metrics]
         best = [seed_means(results, group, f"best_{metric}", metric) for metric in table.metrics]
         theirs = [paper_mean(paper, group, metric) for metric in table.metrics]
-        difference = [
-            [statistics.mean(ours.values()) - their[0]] if ours and their else []
-            for ours, their in zip(last, theirs, strict=True)
-        ]
-        otherwise = missing(results, group)
-        ours = [spread(values.values(), otherwise) for values in (*last, *best)]
-        yield [name, *ours, *map(spread, theirs), *(spread(x, sign="+") for x in difference)]
+        pairs = zip(last, theirs, strict=True)
+        gained = [[statistics.mean(a.values()) - b[0]] if a and b else [] for a, b in pairs]
+        ours = [spread(values.values(), missing(results, group)) for values in (*last, *best)]
+        yield [name, *ours, *map(spread, theirs), *(spread(values, sign="+") for values in gained)]
 
 
 def bank_rows(table: Table, results: Results, paper: dict) -> Iterator[list[str]]:
@@ -529,16 +474,15 @@ def bank_rows(table: Table, results: Results, paper: dict) -> Iterator[list[str]
     for name, group in groups(table):
         one = [seed_means(results, group, "last_paper", metric) for metric in table.metrics]
         bank = [seed_means(results, group, "last", metric) for metric in table.metrics]
-        difference = [
-            [b[seed] - o[seed] for seed in b if seed in o] for o, b in zip(one, bank, strict=True)
-        ]
+        pairs = zip(one, bank, strict=True)
+        gained = [[b[seed] - a[seed] for seed in b if seed in a] for a, b in pairs]
         published = [paper_mean(paper, group, metric) for metric in table.metrics]
-        otherwise = missing(results, group)
         if any(published):
             yield [name, "published", *map(spread, published)]
+        otherwise = missing(results, group)
         yield [name, "paper", *(spread(values.values(), otherwise) for values in one)]
         yield [name, "bank", *(spread(values.values(), otherwise) for values in bank)]
-        yield [name, "bank - paper", *(spread(values, otherwise, "+") for values in difference)]
+        yield [name, "bank - paper", *(spread(values, otherwise, "+") for values in gained)]
 
 
 def groups(table: Table) -> list[tuple[str, tuple[str, ...]]]:
@@ -595,4 +539,4 @@ def save_fig7(path: Path, plan: list[Entry]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    util.run_script(main)

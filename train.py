@@ -33,25 +33,12 @@ import torchvision
 import yaml
 from torch import Tensor, nn
 
+import dataset
 import figures
 import report
-from dataset import (
-    CACHES,
-    DATASETS,
-    MOST_HOLDOUT,
-    AnomalyClass,
-    Augmentation,
-    Images,
-    TestImage,
-    hold_out,
-    is_flat,
-    list_classes,
-    normalize,
-    open_class,
-    open_folders,
-    recognize,
-    training_order,
-)
+import util
+from dataset import AnomalyClass, Augmentation, Images, TestImage, normalize, training_order
+from kernels import TILE, pays_in_frequency_domain
 from metrics import (
     METRICS,
     TABLE_METRICS,
@@ -71,6 +58,7 @@ from model import (
     VOLUME_NORMS,
     PyramidFlow,
     PyramidFlowConfig,
+    coupling_schedule,
     load_encoder_weights,
     training_loss,
 )
@@ -91,42 +79,7 @@ from scorer import (
     save_checkpoint,
     score_all,
 )
-from util import (
-    Clock,
-    DivergedError,
-    InputError,
-    Interrupted,
-    Parser,
-    StopSignals,
-    add_running_flags,
-    apply_precision,
-    average,
-    boolean,
-    check_writable,
-    choose_device,
-    choose_precision,
-    create_run_folder,
-    data_parallel,
-    describe_environment,
-    is_main,
-    join_processes,
-    keep_freed_memory,
-    leave_processes,
-    load_tensors,
-    number,
-    percent,
-    progress,
-    run_script,
-    seed_everything,
-    share,
-    size_text,
-    start_log,
-    whole_number,
-    without_cuda,
-    world_size,
-    write_csv,
-    write_json,
-)
+from util import Clock, DivergedError, InputError, Interrupted, Parser, StopSignals, number, whole_number
 
 STATE_FILE, RESULT_FILE = "state.pt", "result.json"
 STEPS_BETWEEN_LOOKS = 50  # at the loss, for which the host waits on CUDA
@@ -150,14 +103,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume is not None:
         stored = load_state(Path(args.resume))
         args = resumed_arguments(stored["settings"], argv)
-    device = choose_device(args.gpu)
-    join_processes(device)
-    keep_freed_memory()
+    device = util.choose_device(args.gpu)
+    util.join_processes(device)
+    util.keep_freed_memory()
     if len(args.cls) > 1 or args.cls == ["all"]:
         train_classes(args, device)
     else:
         train_class(args, device, stored)
-    leave_processes()
+    util.leave_processes()
 
 
 def train_class(args: Namespace, device: torch.device, stored: dict | None = None) -> dict:
@@ -166,55 +119,43 @@ def train_class(args: Namespace, device: torch.device, stored: dict | None = Non
     Args:
         stored: what a stopped run had saved.
     """
-    args = Namespace(**{**vars(args), "precision": choose_precision(args.precision, device)})
-    config, data = model_config(args), check_class(args)
-    seed_everything(args.seed)
-    torch.backends.cudnn.benchmark = True  # every batch has the same shape
-    model = PyramidFlow(config)
-    if stored is None:
-        fill_encoder(model, args.encoderWeights)
-        initialize(model, args.init)
-    model.to(device).compute_networks_in(apply_precision(args.precision))
+    data, asked, args = check_class(args), args, settle(args, device)
+    config, reading = model_config(args), (args.cache, device, args.numWorkers)
+    model = make_model(config, args, device, is_new=stored is None)
     augment = Augmentation.create(args.augment, args.cls[0], config.image_size, args.seed)
-    train_set = Images(
-        data.train, config.image_size, args.cache, device, args.numWorkers, "training images"
-    )
+    train_set = Images(data.train, config.image_size, *reading, "training images")
     test_set = TestSet.load(data, config, args.cache, args.numWorkers, device)
-    held_out = Images(
-        data.held_out, config.image_size, args.cache, device, args.numWorkers, "held-out images"
-    )
-    steps = len(share(range(len(data.train) // args.batchSize), equal=True))
+    held_out = Images(data.held_out, config.image_size, *reading, "held-out images")
+    steps = len(util.share(range(len(data.train) // args.batchSize), equal=True))  # of an epoch
     optimizer = make_optimizer(model, args)
     scheduler = make_scheduler(optimizer, args, steps)
     state = State(args, model, optimizer, scheduler, data)
     state.restore(stored)
 
-    network, evaluated = data_parallel(model), None
+    network, evaluated = util.data_parallel(model), None
     with Run(args, config, data, state, device) as run, StopSignals() as stop:
-        run.say(remarks(args, config, data, device, augment))
-        pace = Pace(steps * (args.epochs + 1 - state.epoch), args.batchSize * world_size(), run.say)
-        try:
-            for epoch in range(state.epoch, args.epochs + 1):
-                clock = Clock(device)
-                with clock.part("training"):
-                    order = share(training_order(len(train_set), args.batchSize), equal=True)
-                    batches = train_set.batches(order, augment, epoch)
-                    bar = progress(batches, f"epoch {epoch}/{args.epochs}", len(order))
-                    loss = train_one_epoch(network, model, optimizer, scheduler, bar, args, stop, pace)
-                average(model.buffers())  # in training nothing reads the running statistics
-                if epoch % args.evalEvery == 0 or epoch == args.epochs:
-                    evaluated = evaluate(model, train_set, test_set, args, clock, held_out)
-                    state.add_rows([scorer for scorer, _ in evaluated], epoch, loss, clock)
-                    pace.evaluated(clock, evaluations_left(args, epoch))
-                    run.record(evaluated[-1][0])
-                run.say([epoch_line(epoch, loss, state.rows, args, clock)])
-                state.epoch = epoch + 1
-                run.save_state()
-                stop.check()
-            evaluated = evaluated or evaluate(model, train_set, test_set, args, Clock(device), held_out)
-            run.finish(evaluated[-1][0], *what_to_show(test_set, train_set, held_out, evaluated))
-        except KeyboardInterrupt:
-            raise Interrupted(f"stopped in epoch {state.epoch}{run.how_to_resume()}") from None
+        run.say(remarks(asked, args, config, data, device, augment))
+        pace = Pace(steps * (args.epochs + 1 - state.epoch), args.batchSize * util.world_size(), run.say)
+        for epoch in range(state.epoch, args.epochs + 1):
+            clock = Clock(device)
+            with clock.part("training"):
+                order = util.share(training_order(len(train_set), args.batchSize), equal=True)
+                batches = train_set.batches(order, augment, epoch)
+                bar = util.progress(batches, f"epoch {epoch}/{args.epochs}", len(order))
+                loss = train_one_epoch(network, model, optimizer, scheduler, bar, args, stop, pace)
+            util.average(model.buffers())  # in training nothing reads the running statistics
+            if epoch % args.evalEvery == 0 or epoch == args.epochs:
+                evaluated = evaluate(model, train_set, test_set, args, clock, held_out)
+                state.add_rows([scorer for scorer, _ in evaluated], epoch, loss, clock)
+                pace.evaluated(clock, evaluations_left(args, epoch))
+                run.record(evaluated[-1][0])
+            run.say([epoch_line(epoch, loss, state.rows, args, clock)])
+            check_finite(model)
+            state.epoch = epoch + 1
+            run.save_state()
+            stop.check()
+        evaluated = evaluated or evaluate(model, train_set, test_set, args, Clock(device), held_out)
+        run.finish(evaluated[-1][0], *what_to_show(test_set, train_set, held_out, evaluated))
     return state.rows[-1]
 
 
@@ -273,16 +214,16 @@ def evaluate(
         return [(scorer, empty_scores(scorer.device)) for scorer in scorers]
     with clock.part("test"):
         scored = score_all(scorers, test_set.images)
-    for option, scorer, (maps, scores) in zip(options, scorers, scored, strict=True):
-        with clock.part("metrics"):
+    with clock.part("metrics"):
+        for option, scorer, (maps, scores) in zip(options, scorers, scored, strict=True):
             metrics = evaluate_maps(maps, test_set.truth, args.proLimit, scores)
-        scorer.metrics = {"score": option.score, **asdict(metrics)}
+            scorer.metrics = {"score": option.score, **asdict(metrics)}
     return list(zip(scorers, scored, strict=True))
 
 
 def what_to_show(
     test_set: TestSet, train_set: Images, held_out: Images, evaluated: list[tuple[Scorer, Scored]]
-) -> tuple:
+) -> tuple[TestSet, Scored, Scorer, str]:
     """Test set, scores, scorer and name for the figures: of good images where there are no test images.
 
     Of training images the maps are those of the first scorer, the paper's: in a bank an image would be
@@ -294,17 +235,20 @@ def what_to_show(
     if held_out:
         images, shown, scored = held_out, "held-out images", scorer.score_all(held_out, "figures")
     else:
-        images, shown, scorer = (
-            train_set,
-            "training images, each left out of the template",
-            evaluated[0][0],
-        )
+        images, shown = train_set, "training images, each left out of the template"
+        scorer = evaluated[0][0]
         maps = scorer.score_all(images, "figures").maps
         scored = Scored(maps, torch.tensor(scorer.calibration.image_scores, device=maps.device))
-    paths = [TestImage(path, "good", None) for path in images.paths]
-    data = AnomalyClass(scorer.class_name, [], paths)
+    good = [TestImage(path, "good", None) for path in images.paths]
+    data = AnomalyClass(scorer.class_name, [], good)
     truth = GroundTruth.from_masks(data.defective, None, scorer.device)
     return TestSet(data, images, truth), scored, scorer, shown
+
+
+def check_finite(model: PyramidFlow) -> None:
+    """Raises DivergedError if the last step of an epoch, whose loss nobody sees, broke the weights."""
+    if not all(x.isfinite().all() for x in model.state_dict().values()):
+        raise DivergedError("the weights are no longer finite")
 
 
 class LossMeter:
@@ -331,21 +275,21 @@ class LossMeter:
         device = self._waiting[0].device if self._waiting else "cpu"
         self._look()
         mean = torch.tensor(self._losses, dtype=torch.float64, device=device).mean()
-        average([mean])
+        util.average([mean])
         return float(mean)
 
     def _look(self) -> None:
         losses = torch.stack(self._waiting).tolist() if self._waiting else []  # the host waits
+        self._waiting.clear()
         if self._pace:
             self._pace.add(len(losses))
         for loss in losses:
             self._losses.append(loss)
             if not math.isfinite(loss):
                 raise DivergedError(f"the loss became {loss} at step {len(self._losses)} of the epoch")
-            if hasattr(self._bar, "set_postfix_str"):
-                pace = f", {self._pace}" if self._pace else ""
-                self._bar.set_postfix_str(f"loss {loss:.4f}{pace}", refresh=False)
-        self._waiting.clear()
+        if losses and hasattr(self._bar, "set_postfix_str"):
+            pace = f", {self._pace}" if self._pace else ""
+            self._bar.set_postfix_str(f"loss {losses[-1]:.4f}{pace}", refresh=False)
 
 
 class Pace:
@@ -359,9 +303,8 @@ class Pace:
 
     def __init__(self, steps: int, images: int, say: Callable[[list[str]], None]):
         self._left, self._images, self._say = steps, images, say
-        self._timed, self._seconds, self._mark = 0, 0.0, None
+        self._done, self._timed, self._seconds, self._mark = 0, 0, 0.0, None
         self._evaluations = 0.0  # seconds
-        self._is_first, self._is_said = True, False
 
     def start(self) -> None:
         """The clock runs from now on: an epoch begins."""
@@ -369,12 +312,11 @@ class Pace:
 
     def add(self, steps: int) -> None:
         """So many steps have been done since the last call, or since the start."""
-        now = time.perf_counter()
-        if not self._is_first:  # it prepares much: kernels are chosen, memory is got
+        now, before = time.perf_counter(), self._done
+        if before:  # the first step prepares much: kernels are chosen, memory is got
             self._timed, self._seconds = self._timed + steps, self._seconds + now - self._mark
-        self._left, self._mark, self._is_first = self._left - steps, now, False
-        if self._timed + 1 >= FIRST_LOOKS[-1] and not self._is_said:
-            self._is_said = True
+        self._left, self._done, self._mark = self._left - steps, before + steps, now
+        if before < FIRST_LOOKS[-1] <= self._done:
             self._say([f"about {duration(self.seconds_left)} of training are left, without evaluations"])
 
     def evaluated(self, clock: Clock, left: int) -> None:
@@ -399,16 +341,33 @@ class Pace:
 
 def duration(seconds: float) -> str:
     """Two units of time: 2 h 05 min, 3 min 20 s, 7 s."""
-    seconds = round(seconds)
-    if seconds >= 3600:
-        return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
-    return f"{seconds // 60} min {seconds % 60:02} s" if seconds >= 60 else f"{seconds} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
 def evaluations_left(args: Namespace, epoch: int) -> int:
     """Of the epochs after this one."""
     later = range(epoch + 1, args.epochs + 1)
     return sum(e % args.evalEvery == 0 or e == args.epochs for e in later)
+
+
+def make_model(
+    config: PyramidFlowConfig, args: Namespace, device: torch.device, is_new: bool
+) -> PyramidFlow:
+    """The seeded model on its device; of a new run with the weights that it starts from.
+
+    Raises:
+        InputError: the weights cannot be had, or do not fit.
+    """
+    util.seed_everything(args.seed)
+    torch.backends.cudnn.benchmark = True  # every batch has the same shape
+    model = PyramidFlow(config)
+    if is_new:
+        fill_encoder(model, args.encoderWeights)
+        initialize(model, args.init)
+    return model.to(device).compute_networks_in(util.apply_precision(args.precision))
 
 
 def make_optimizer(model: PyramidFlow, args: Namespace) -> torch.optim.Optimizer:
@@ -442,33 +401,28 @@ def train_classes(args: Namespace, device: torch.device) -> None:
     """One run for each class, then a table of all; a class that fails does not stop the others."""
     if folder := folder_of_good(args):
         raise InputError(
-            f"{folder} holds the good images of one class; give --cls one name, or leave it out"
+            f"{folder} holds good images of one class; give --cls one name, or leave it out"
         )
-    datapath = Path(args.datapath)
-    classes = (
-        list_classes(datapath, recognize(datapath, args.dataset)) if "all" in args.cls else args.cls
-    )
+    datapath, classes = Path(args.datapath), args.cls
+    if "all" in classes:
+        classes = dataset.list_classes(datapath, dataset.recognize(datapath, args.dataset))
     if not classes:
         raise InputError(f"no classes in --datapath {datapath}; choose a data set's folder")
     runs = [Namespace(**{**vars(args), "cls": [name]}) for name in classes]
     for one in runs:  # before the first one is trained
         check_class(one)
     rows, failed = [], []
-
-    def attempt(one: Namespace) -> None:
-        try:
-            row = train_class(one, device)
-            rows.append((one.cls[0], f"{row['epoch']} (last)", row))
-        except Interrupted:
-            raise
-        except InputError as error:
-            failed.append(f"{one.cls[0]}: {error}")
-
     try:
         for one in runs:
-            attempt(one)
+            try:
+                row = train_class(one, device)
+                rows.append((one.cls[0], f"{row['epoch']} (last)", row))
+            except Interrupted:
+                raise
+            except InputError as error:
+                failed.append(f"{one.cls[0]}: {error}")
     finally:
-        if is_main() and rows:
+        if util.is_main() and rows:
             print("\n" + result_table([*rows, *mean_row(rows)], args.proLimit))
     if failed:
         raise InputError("; ".join(failed))
@@ -487,11 +441,8 @@ class State:
 
     def __init__(self, args, model, optimizer, scheduler, data: AnomalyClass):
         self.epoch, self.rows = 1, []
-        self._fixed = {
-            "settings": vars(args),
-            "training_images": fingerprint(data.train),
-            "processes": world_size(),
-        }
+        images, processes = fingerprint(data.train), util.world_size()
+        self._fixed = {"settings": vars(args), "training_images": images, "processes": processes}
         self._parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
 
     def add_rows(self, scorers: list[Scorer], epoch: int, loss: float, clock: Clock) -> None:
@@ -502,13 +453,9 @@ class State:
             self.rows.append(scorer.metrics)
 
     def content(self) -> dict:
-        return {
-            **self._fixed,
-            **{name: part.state_dict() for name, part in self._parts.items()},
-            "epoch": self.epoch,
-            "rows": self.rows,
-            "random_state": torch.get_rng_state(),
-        }
+        parts = {name: part.state_dict() for name, part in self._parts.items()}
+        rest = {"epoch": self.epoch, "rows": self.rows, "random_state": torch.get_rng_state()}
+        return {**self._fixed, **parts, **rest}
 
     def restore(self, stored: dict | None) -> None:
         """Take what `content` gave; None: nothing.
@@ -518,44 +465,35 @@ class State:
         """
         if stored is None:
             return
-        for key, remedy in (
-            ("training_images", "give the data the run was started with by --datapath"),
-            ("processes", f"start {stored['processes']} processes"),
-        ):
+        remedies = {
+            "training_images": "give the data the run was started with by --datapath",
+            "processes": f"start {stored['processes']} processes",
+        }
+        for key, remedy in remedies.items():
             if stored[key] != self._fixed[key]:
-                raise InputError(
-                    f"--resume: the {key.replace('_', ' ')} are not those of the run; {remedy}"
-                )
+                name = key.replace("_", " ")
+                raise InputError(f"--resume: the {name} are not those of the run; {remedy}")
+        names = ("epoch", "loss", "score", *asdict(Metrics()), "seconds")  # rows of old runs lack some
         try:
             check_moments(self._parts["model"], stored["optimizer"])
             for name, part in self._parts.items():
                 part.load_state_dict(stored[name])
-            names = (
-                "epoch",
-                "loss",
-                "score",
-                *asdict(Metrics()),
-                "seconds",
-            )  # rows of old runs lack some
             self.epoch = stored["epoch"]
             self.rows = [{**dict.fromkeys(names), **row} for row in stored["rows"]]
             torch.set_rng_state(stored["random_state"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(
-                "--resume: the stored state does not fit its settings; start again"
-            ) from None
+            raise InputError("--resume: the state does not fit its settings; start again") from None
 
 
 def check_moments(model: PyramidFlow, stored: dict) -> None:
     """Raises ValueError unless Adam's moments have their parameters' shapes, which its kernels trust."""
     shapes = [p.shape for p in model.parameters() if p.requires_grad]
-    for number_, moments in stored["state"].items():
-        for name in ("exp_avg", "exp_avg_sq"):
+    for index, moments in stored["state"].items():
+        wanted = {"exp_avg": shapes[index], "exp_avg_sq": shapes[index], "step": ()}
+        for name, shape in wanted.items():
             x = moments[name]
-            if x.shape != shapes[number_] or x.dtype != torch.float32 or x.layout != torch.strided:
-                raise ValueError("moments")
-        if moments["step"].shape != () or moments["step"].dtype != torch.float32:
-            raise ValueError("step")
+            if x.shape != shape or x.dtype != torch.float32 or x.layout != torch.strided:
+                raise ValueError(name)
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
@@ -568,49 +506,41 @@ class Run:
     """One run's folder, and the log; in all processes but one it does nothing."""
 
     def __init__(self, args, config: PyramidFlowConfig, data: AnomalyClass, state: State, device):
-        self.args, self.state, self.folder, self.log, self._board = args, state, None, None, None
-        self.has_test = bool(data.test)
-        if not is_main():
+        self.args, self.state, self.has_test = args, state, bool(data.test)
+        self.folder = self.log = self._board = None
+        if not util.is_main():
             return
-        if args.resume is None:
-            self.folder = create_run_folder(Path(args.saveDir), args.cls[0])
-        else:
-            self.folder = Path(args.resume)
-        self.log = start_log(self.folder / "log.txt", describe_environment(device))
-        if args.resume is None:
+        is_new = args.resume is None
+        folder = util.create_run_folder(Path(args.saveDir), args.cls[0]) if is_new else Path(args.resume)
+        self.folder = folder
+        self.log = util.start_log(folder / "log.txt", util.describe_environment(device))
+        if is_new:
             parts = {"training": data.train, "test": data.test, "held_out": data.held_out}
-            counts = {f"{name}_images": len(paths) for name, paths in parts.items()}
-            write_json(
-                self.folder / "config.json",
-                {"settings": vars(args), "model": config.to_dict(), **counts},
-            )
+            counts = {f"{name}_images": len(images) for name, images in parts.items()}
+            settings = {"settings": vars(args), "model": config.to_dict(), **counts}
+            util.write_json(folder / "config.json", settings)
             self.save_state()
-        elif load_state(self.folder)["epoch"] != state.epoch:  # now that no other process writes to it
-            raise InputError(
-                f"--resume {self.folder}: another process resumed it meanwhile; start again"
-            )
-        for unfinished in self.folder.rglob(".*.tmp"):  # of a write that was killed
+        elif load_state(folder)["epoch"] != state.epoch:  # now that no other process writes to it
+            raise InputError(f"--resume {folder}: another process resumed it meanwhile; start again")
+        for unfinished in folder.rglob(".*.tmp"):  # of a write that was killed
             unfinished.unlink()
-        self.say([f"run folder {self.folder}" + (f", from epoch {state.epoch}" if args.resume else "")])
-        self._board = open_tensorboard(self.folder) if args.tensorboard else None
+        self.say([f"run folder {folder}" + (f", from epoch {state.epoch}" if args.resume else "")])
+        self._board = open_tensorboard(folder) if args.tensorboard else None
 
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
+        """Raises Interrupted, which says how to resume, in the place of KeyboardInterrupt."""
+        how = f"; resume with: python train.py --resume {shlex.quote(str(self.folder))}"
         for handler in self.log.handlers if self.log else ():
             handler.close()
+        if kind is KeyboardInterrupt:
+            raise Interrupted(f"stopped in epoch {self.state.epoch}{how if self.log else ''}") from None
 
     def say(self, lines: Iterable[str]) -> None:
         for line in lines if self.log else ():
             self.log.info(line)
-
-    def how_to_resume(self) -> str:
-        return (
-            f"; resume with: python train.py --resume {shlex.quote(str(self.folder))}"
-            if self.log
-            else ""
-        )
 
     def save_state(self) -> None:
         """All that `--resume` needs, in one file that is always whole."""
@@ -625,7 +555,7 @@ class Run:
         for metric in self._selection():
             if self._best(metric) is scorer.metrics:
                 scorer.save(self.folder / f"best_{metric}.pt")
-        write_csv(self.folder / "metrics.csv", list(map(self._shown, self.state.rows)))
+        util.write_csv(self.folder / "metrics.csv", list(map(self._shown, self.state.rows)))
         for key, value in scorer.metrics.items() if self._board else ():
             if isinstance(value, float):
                 self._board.add_scalar(key, value, scorer.metrics["epoch"])
@@ -641,94 +571,101 @@ class Run:
         """
         if not self.log:
             return
-        folder, rows = self.folder / "pictures", self._rows()
-        figures.save_evaluation(folder, test_set, scored, drawn, self.args.proLimit, shown)
-        figures.save_curves(folder / "curves.png", rows, self.args.proLimit)
-        given = (self.state.rows, vars(self.args), self.args.proLimit)
+        pictures, rows, limit = self.folder / "pictures", self._rows(self.args.score), self.args.proLimit
+        figures.save_evaluation(pictures, test_set, scored, drawn, limit, shown)
+        figures.save_curves(pictures / "curves.png", rows, limit)
+        given = (self.state.rows, vars(self.args), limit)
         report.save_evaluation(self.folder / report.FILE, test_set, scored, scorer, *given)
+        for path in sorted(pictures.rglob("*.png")) if self._board else ():
+            name = str(path.relative_to(pictures).with_suffix(""))
+            self._board.add_image(name, figures.read(path), rows[-1]["epoch"], dataformats="HWC")
         if self._board:
-            for path in sorted(folder.rglob("*.png")):
-                name = str(path.relative_to(folder).with_suffix(""))
-                self._board.add_image(name, figures.read(path), rows[-1]["epoch"], dataformats="HWC")
             self._board.close()
-        named = named_thresholds(scorer.metrics, scorer.calibration)
-        write_json(self.folder / RESULT_FILE, {**self._result(), "thresholds": named})
-        if self.has_test:
-            self.say([f"\n{self._table()}"])
-        self.say([f"\n{scorer.calibration.describe()}", f"written to {self.folder}"])
+        thresholds = named_thresholds(scorer.metrics, scorer.calibration)
+        util.write_json(self.folder / RESULT_FILE, {**self._result(), "thresholds": thresholds})
         checkpoint = shlex.quote(str(self.folder / LAST_FILE))
+        self.say([f"\n{self._table()}"] if self.has_test else [])
+        self.say([f"\n{scorer.calibration.describe()}", f"written to {self.folder}"])
         self.say([f"to use it: python predict.py {checkpoint} IMAGES --out predictions"])
 
     def _shown(self, row: dict) -> dict:
         """Without test images, without metrics."""
         return row if self.has_test else {k: v for k, v in row.items() if k not in asdict(Metrics())}
 
-    def _rows(self, score: str | None = None) -> list[dict]:
-        return [row for row in self.state.rows if row["score"] == (score or self.args.score)]
+    def _rows(self, score: str) -> list[dict]:
+        return [row for row in self.state.rows if row["score"] == score]
 
     def _result(self) -> dict:
-        last = self._rows()[-1]
-        shown = {"last": last}
+        """Of result.json: the last epoch, and the best by each metric that is defined."""
+        last = self._rows(self.args.score)[-1]
+        rows = {"last": last}
         if self.args.score != "paper":
-            shown["last_paper"] = self._rows("paper")[-1]
+            rows["last_paper"] = self._rows("paper")[-1]
         for metric in ("pixel_auroc", "pixel_pro", "image_auroc"):
             if last[metric] is not None:
-                shown[f"best_{metric}"] = {**self._best(metric), "chosen_on": f"test set, by {metric}"}
-        shown = {
-            name: {k: v for k, v in self._shown(row).items() if k != "seconds"}
-            for name, row in shown.items()
-        }
+                rows[f"best_{metric}"] = {**self._best(metric), "chosen_on": f"test set, by {metric}"}
+        shown = {name: self._shown({**row}) for name, row in rows.items()}
+        for row in shown.values():
+            del row["seconds"]
         return {"class": self.args.cls[0], "seed": self.args.seed, "score": self.args.score, **shown}
 
     def _table(self) -> str:
         """The last epoch with each score, and the best epochs."""
-        name, labels = self.args.cls[0], metric_labels(self.args.proLimit)
+        labels = metric_labels(self.args.proLimit)
         scores = dict.fromkeys(("paper", self.args.score))
-        marks = {score: f" ({score})" if len(scores) > 1 else "" for score in scores}
-        rows = [
-            (name, f"{row['epoch']} (last){marks[s]}", row) for s in scores for row in self._rows(s)[-1:]
+        rows = [(row, "last") for score in scores for row in self._rows(score)[-1:]]
+        rows += [(self._best(metric), f"best {labels[metric]}*") for metric in self._selection()]
+        mark = " ({score})" if len(scores) > 1 else ""
+        lines = [
+            (self.args.cls[0], f"{row['epoch']} ({label}){mark.format(**row)}", row)
+            for row, label in rows
         ]
-        for metric in self._selection():
-            row = self._best(metric)
-            rows.append((name, f"{row['epoch']} (best {labels[metric]}*){marks[self.args.score]}", row))
         note = "Percent. *chosen on the test set, as the official program does; quote the last epoch."
-        return f"{result_table(rows, self.args.proLimit)}\n\n{note}"
+        return f"{result_table(lines, self.args.proLimit)}\n\n{note}"
 
     def _selection(self) -> list[str]:
         """Metrics by which a best checkpoint is kept: those that are defined."""
-        last = self._rows()[-1]
+        last = self._rows(self.args.score)[-1]
         defined = [m for m in ("pixel_auroc", "pixel_pro") if last[m] is not None]
         return defined or [m for m in ("image_auroc",) if last[m] is not None]
 
     def _best(self, metric: str) -> dict:
-        return max(self._rows(), key=lambda row: -1 if row[metric] is None else row[metric])
+        rows = self._rows(self.args.score)
+        return max(rows, key=lambda row: -1 if row[metric] is None else row[metric])
 
 
-def remarks(args, config: PyramidFlowConfig, data: AnomalyClass, device, augment) -> list[str]:
-    """What a user should know before it starts."""
-    lines = [f"class {data.name}: {warning}" for warning in data.warnings]
-    lines += without_cuda(device, args.gpu)
+def remarks(
+    asked: Namespace, args: Namespace, config: PyramidFlowConfig, data: AnomalyClass, device, augment
+) -> list[str]:
+    """What a user should know before it starts; `asked` are the flags, `args` has auto settled."""
+    about = f"class {data.name}:"
+    lines = [f"{about} {warning}" for warning in data.warnings] + util.without_cuda(device, args.gpu)
     if not data.test:
         lines.append(
-            f"class {data.name}: no test images: no metrics can be had, thresholds come of good images alone"
+            f"{about} no test images: no metrics can be had, thresholds come of good images alone"
         )
     elif not any(not image.defective for image in data.test):
-        lines.append(f"class {data.name}: no good test images; --holdout 0.2 gives some")
+        lines.append(f"{about} no good test images; --holdout 0.2 gives some")
     held_out = f", {len(data.held_out)} good ones held out," if data.held_out else ""
     lines.append(
-        f"class {data.name}: {len(data.train)} training and {len(data.test)} test images{held_out} at "
-        f"{size_text(config.image_size)}; encoder {config.encoder}, {config.num_level} levels, "
+        f"{about} {len(data.train)} training and {len(data.test)} test images{held_out} at "
+        f"{util.size_text(config.image_size)}; encoder {config.encoder}, {config.num_level} levels, "
         f"{config.num_stack} stacks, {config.volume_norm}, {args.precision}, "
         + (f"augmented by {augment.description}" if augment else "not augmented")
     )
-    settled = {"numLayer": (config.num_level, 4), "volumeNorm": (config.volume_norm, "CVN")}
+    by_class = {"numLayer": (config.num_level, 4), "volumeNorm": (config.volume_norm, "CVN")}
     lines += [
         f"--{flag} auto is {value} for a class called {data.name}, as in the official program"
-        for flag, (value, usual) in settled.items()
+        for flag, (value, usual) in by_class.items()
         if getattr(args, flag) == "auto" and value != usual
     ]
-    lines += [f"--{f} has no effect with --encoder {args.encoder}" for f in flags_without_effect(args)]
-    return lines
+    if asked.saveMemory == "auto":
+        need = activation_bytes(config, args.batchSize, args.precision, device) / 2**30
+        how = "true: rebuilt by inversion" if args.saveMemory else "false: kept"
+        lines.append(f"--saveMemory auto is {how} are activations that take about {need:.2g} GiB")
+    unread = ("encoderBN", "encoderWeights") if args.encoder == "none" else ("numChannel",)
+    set_ = [flag for flag in unread if getattr(args, flag) != make_parser().get_default(flag)]
+    return lines + [f"--{flag} has no effect with --encoder {args.encoder}" for flag in set_]
 
 
 def epoch_line(epoch: int, loss: float, rows: list[dict], args: Namespace, clock: Clock) -> str:
@@ -737,7 +674,7 @@ def epoch_line(epoch: int, loss: float, rows: list[dict], args: Namespace, clock
     if rows and rows[-1]["epoch"] == epoch:
         labels, row = metric_labels(args.proLimit), rows[-1]
         keys = TABLE_METRICS if any(row[key] is not None for key in METRICS) else ()
-        line += "".join(f", {labels[key]} {percent(row[key])}" for key in keys)
+        line += "".join(f", {labels[key]} {util.percent(row[key])}" for key in keys)
     return f"{line}, {clock}"
 
 
@@ -756,38 +693,37 @@ def open_tensorboard(folder: Path):
 def make_parser() -> Parser:
     """All flags, with the official names and defaults where the official program has them."""
     parser = Parser(description=__doc__)
-    for add_flags in (
-        add_data_flags,
-        add_model_flags,
-        add_training_flags,
-        add_running_flags_of_training,
-    ):
+    for add_flags in (add_data_flags, add_model_flags, add_training_flags, add_other_flags):
         add_flags(parser)
     return parser
+
+
+def auto_or(convert: Callable[[str], object]) -> Callable[[str], object]:
+    """An argparse type: auto, or what `convert` takes."""
+    return lambda text: "auto" if text == "auto" else convert(text)
 
 
 # fmt: off
 def add_data_flags(parser: Parser) -> None:
     """Which images there are, and how they are read."""
     add = parser.add_argument_group("data").add_argument
-    add("--cls", nargs="+", default=["tile"], metavar="CLASS",
-        help="folders of --datapath, one run each; or all")
+    add("--cls", nargs="+", default=["tile"], metavar="CLASS", help="folders of --datapath, one run each; or all")
     add("--datapath", default="../mvtec_anomaly_detection",
         help="folder of MVTec AD, AD 2 or LOCO, BTAD, VisA, Real-IAD, or data in MVTec's layout")
     add("--good", metavar="DIR",
         help="folder of good images, instead of --datapath, which may also be one; its name is the class's")
     add("--bad", metavar="DIR", help="with --good: folder of defective test images")
     add("--masks", metavar="DIR", help="with --bad: folder of their masks, NAME_mask.png or NAME.png")
-    add("--holdout", type=_holdout, default="auto", metavar="SHARE",
+    add("--holdout", type=auto_or(number(0, dataset.MOST_HOLDOUT)), default="auto", metavar="SHARE",
         help="of the good images that thresholds come from, and nothing else; auto: 0.1 of 50 or more if there "
         "are no good test images, else 0")
-    add("--dataset", choices=DATASETS, default="auto", help="layout; auto recognizes it")
-    add("--imageSize", type=_size, nargs="+", default=["auto"], metavar="N",
+    add("--dataset", choices=dataset.DATASETS, default="auto", help="layout; auto recognizes it")
+    add("--imageSize", type=auto_or(whole_number(1, 2**14)), nargs="+", default=["auto"], metavar="N",
         help="input size, one number or H W; auto: 256 with --encoder none, else 1024")
     add("--augment", default="auto", metavar="{auto,none,flips,turns,FILE}",
         help="auto: flips and turns for MVTec's five textures; flips, turns: for any class; or a pipeline "
         "serialized by albumentations")
-    add("--cache", choices=CACHES, default="auto",
+    add("--cache", choices=dataset.CACHES, default="auto",
         help="decoded images: ram, kept; none, read each time; auto: by free memory")
 
 
@@ -797,16 +733,13 @@ def add_model_flags(parser: Parser) -> None:
     add("--encoder", choices=ENCODERS, default="resnet18", help="none: fixed 1x1 convolution (FNF)")
     add("--encoderBN", choices=ENCODER_BNS, default="batch",
         help="the encoder's BatchNorm while training: the batch's statistics, or frozen")
-    add("--encoderWeights", metavar="PATH",
-        help="file of encoder weights with torchvision's names, instead of a download")
+    add("--encoderWeights", metavar="PATH", help="file with torchvision's names, instead of a download")
     add("--numLayer", choices=("auto", *"2345678"), default="auto", metavar="{auto,2..8}",
         help="levels of the pyramid; auto: by class")
-    add("--volumeNorm", choices=("auto", *VOLUME_NORMS), default="auto",
-        help="volume normalization; auto: by class")
+    add("--volumeNorm", choices=("auto", *VOLUME_NORMS), default="auto", help="normalization; auto: by class")
     add("--kernelSize", type=whole_number(1, 99), default=7, help="of the coupling blocks' convolutions, odd")
     add("--numChannel", type=whole_number(1, 1024), default=16, help="channels with --encoder none")
-    add("--numStack", type=whole_number(1, 256), default=4,
-        help="repetitions of the schedule of coupling blocks")
+    add("--numStack", type=whole_number(1, 256), default=4, help="repetitions of the coupling blocks' schedule")
     add("--init", metavar="LAST.pt", help="start from the weights of a checkpoint")
 
 
@@ -824,10 +757,10 @@ def add_training_flags(parser: Parser) -> None:
     add("--clipNorm", type=number(0, above=True), default=1.0, help="largest norm of the gradient")
     add("--scheduler", choices=("constant", "cosine", "step"), default="constant",
         help="of the learning rate; cosine: to zero; step: a tenth for the last third")
-    add("--warmup", type=number(0), default=0.0, metavar="EPOCHS",
-        help="in which the learning rate rises linearly")
-    add("--saveMemory", type=boolean, default=True, metavar="{true,false}",
-        help="backpropagate by inversion: memory does not grow with depth")
+    add("--warmup", type=number(0), default=0.0, metavar="EPOCHS", help="in which the learning rate rises")
+    add("--saveMemory", type=auto_or(util.boolean), default="auto", metavar="{auto,true,false}",
+        help="backpropagate by inversion: memory does not grow with depth; auto: where the activations would "
+        "take half of the free memory")
 
     add = parser.add_argument_group("ablations", "of the paper's Table 2").add_argument
     add("--loss", choices=LOSSES, default="fourier",
@@ -838,7 +771,7 @@ def add_training_flags(parser: Parser) -> None:
         help="latent: differences are composed; composed: compose, then difference")
 
 
-def add_running_flags_of_training(parser: Parser) -> None:
+def add_other_flags(parser: Parser) -> None:
     """The score, where it runs, and what it writes."""
     group = parser.add_argument_group("score")
     add_score_flags(group)
@@ -848,25 +781,15 @@ def add_running_flags_of_training(parser: Parser) -> None:
         help="false-positive rate up to which the second PRO integrates")
 
     group = parser.add_argument_group("running")
-    add_running_flags(group)
+    util.add_running_flags(group)
     add = group.add_argument
-    add("--evalEvery", type=whole_number(1), default=1,
-        help="epochs between evaluations; the last is always evaluated")
+    add("--evalEvery", type=whole_number(1), default=1, help="epochs from evaluation to evaluation; also the last")
     add("--saveDir", default="saveDir", help="folder in which the run's folder is made")
     add("--resume", metavar="RUN",
         help="folder of a run to resume; its settings come with it; with more --epochs also a finished one")
-    add("--config", metavar="FILE",
-        help="yaml or json file of flags, such as a run's config.json; the command line wins")
+    add("--config", metavar="FILE", help="yaml or json of flags, as a run's config.json; the command line wins")
     add("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
 # fmt: on
-
-
-def _size(text: str) -> int | str:
-    return "auto" if text == "auto" else whole_number(1, 2**14)(text)
-
-
-def _holdout(text: str) -> float | str:
-    return "auto" if text == "auto" else number(0, MOST_HOLDOUT)(text)
 
 
 def parse_arguments(argv: list[str] | None = None) -> Namespace:
@@ -884,10 +807,9 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
 
 def folder_of_good(args: Namespace) -> Path | None:
     """The folder that holds the good images itself: --good, or a --datapath that holds images and no classes."""
-    datapath = Path(args.datapath)
-    if args.good is None:
-        return datapath if is_flat(datapath, args.dataset) else None
-    return Path(args.good)
+    if args.good is not None:
+        return Path(args.good)
+    return Path(args.datapath) if dataset.is_flat(Path(args.datapath), args.dataset) else None
 
 
 def open_data(args: Namespace) -> AnomalyClass:
@@ -903,10 +825,10 @@ def open_data(args: Namespace) -> AnomalyClass:
     if folder is None:
         if bad:
             raise InputError("--bad needs the folder of the good images; give it by --good")
-        data = open_class(Path(args.datapath), args.cls[0], args.dataset, need_test=False)
+        data = dataset.open_class(Path(args.datapath), args.cls[0], args.dataset, need_test=False)
     else:
-        data = open_folders(args.cls[0], folder, bad, masks)
-    return hold_out(data, args.holdout, args.seed)
+        data = dataset.open_folders(args.cls[0], folder, bad, masks)
+    return dataset.hold_out(data, args.holdout, args.seed)
 
 
 def config_arguments(parser: Parser, path: Path) -> list[str]:
@@ -957,7 +879,7 @@ def given_flags(argv: list[str] | None) -> dict[str, object]:
 
 
 def model_config(args: Namespace) -> PyramidFlowConfig:
-    """The architecture that the flags ask for, `auto` settled by class.
+    """The architecture that the flags ask for, `auto` settled by class; --saveMemory auto counts as true.
 
     Raises:
         InputError: the flags do not fit together.
@@ -967,33 +889,86 @@ def model_config(args: Namespace) -> PyramidFlowConfig:
         size = [AUTO_IMAGE_SIZE[args.encoder]]
     if len(size) > 2 or "auto" in size:
         raise InputError("--imageSize takes auto, one number, or two (height width)")
-    num_layer, volume_norm = args.numLayer, args.volumeNorm
-    if num_layer == "auto":
-        num_layer = AUTO_NUM_LAYER.get(name, 4)
+    num_level, volume_norm = args.numLayer, args.volumeNorm
+    if num_level == "auto":
+        num_level = AUTO_NUM_LAYER.get(name, 4)
     if volume_norm == "auto":
         volume_norm = "SVN" if name in AUTO_SVN else "CVN"
     try:
         return PyramidFlowConfig(
-            encoder=args.encoder,
-            encoder_bn=args.encoderBN,
-            num_level=int(num_layer),
-            num_stack=args.numStack,
-            num_channel=args.numChannel,
-            kernel_size=args.kernelSize,
-            volume_norm=volume_norm,
-            image_size=(size[0], size[-1]),
-            contrast=args.contrast,
-            save_memory=args.saveMemory,
-        )
+            args.encoder, args.encoderBN, int(num_level), args.numStack, args.numChannel, args.kernelSize,
+            volume_norm, image_size=(size[0], size[-1]), contrast=args.contrast,
+            save_memory=args.saveMemory is not False,
+        )  # fmt: skip
     except ValueError as error:
         raise InputError(str(error)) from None
 
 
-def flags_without_effect(args: Namespace) -> list[str]:
-    """Flags that were set although the encoder does not read them."""
-    unread = ("encoderBN", "encoderWeights") if args.encoder == "none" else ("numChannel",)
-    parser = make_parser()
-    return [name for name in unread if getattr(args, name) != parser.get_default(name)]
+def settle(args: Namespace, device: torch.device) -> Namespace:
+    """The flags, with the precision and the way of backpropagation chosen where they are auto.
+
+    Raises:
+        InputError: the device does not have the precision.
+    """
+    precision, save_memory = util.choose_precision(args.precision, device), args.saveMemory
+    if save_memory == "auto":
+        need = activation_bytes(model_config(args), args.batchSize, precision, device)
+        sharing = util.world_size() if device.type == "cpu" else 1
+        save_memory = util.any_process(2 * need * sharing > util.free_memory(device))
+    return Namespace(**{**vars(args), "precision": precision, "saveMemory": save_memory})
+
+
+def activation_bytes(
+    config: PyramidFlowConfig, batch_size: int, precision: str, device: torch.device
+) -> int:
+    """Bytes at the peak of a training step under plain autograd, without weights and their gradients.
+
+    A block (see `model.CouplingBlock`) keeps the state it makes and exp(s), in float32, and the hidden map
+    and [s0, t], in the precision of the convolutions.  On top comes the gradient of one block, or of the loss.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    c, size = config.channels, dtype.itemsize
+    pixels = [batch_size * h * w for h, w in map(config.level_size, range(config.num_level))]
+    peak = 10 * c * pixels[0] * (batch_size - 1)  # of the loss: it grows with the pairs of images
+    kept = 4 * c * sum(pixels)
+    for kind, i in coupling_schedule(config.num_level) * config.num_stack:
+        target = i if kind == "up" else i + 1
+        level = i if kind == "down" else target  # of the hidden map
+        out = level if config.volume_norm == "SVN" else target  # of [s0, t]
+        kept += c * (4 * pixels[target] + 2 * size * pixels[level] + (2 * size + 4) * pixels[out])
+        if out != target:  # every second pixel of exp(s) and t
+            kept += c * (size + 4) * pixels[target]
+        shape = (batch_size, *config.level_size(level))
+        own, upsampled = kind != "up", kind != "down"
+        for inputs, stride in (((own * c, upsampled * c), 1), ((2 * c, 0), 1 if out == level else 2)):
+            of_input, of_gradient = convolution_bytes(config, shape, dtype, device, inputs, stride)
+            kept += of_input
+            peak = max(peak, of_gradient + c * (8 + 2 * size) * pixels[target])
+    return kept + peak
+
+
+def convolution_bytes(
+    config: PyramidFlowConfig, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device,
+    inputs: tuple[int, int], stride: int,
+) -> tuple[int, int]:  # fmt: skip
+    """What `kernels.conv2d` keeps beside the maps, and what its gradient takes for a while; bytes.
+
+    Args:
+        shape: (B,H,W) of its input.
+        inputs: channels of it, and channels that are upsampled from half the size.
+    """
+    (batch, height, width), (own, upsampled), outputs = shape, inputs, 2 * config.channels
+    channels, k = own + upsampled, config.kernel_size
+    weight, number_ = torch.empty(outputs, channels, k, k, dtype=dtype), torch.empty((), dtype=dtype)
+    x = number_.expand(batch, own, height, width) if own else None
+    small = number_.expand(batch, upsampled, height // 2, width // 2) if upsampled else None
+    if device.type == "cpu" and pays_in_frequency_domain(weight, x, small, stride):
+        numbers = (TILE + k - 1) * ((TILE + k - 1) // 2 + 1) * dtype.itemsize
+        tiles = batch * -(-height // TILE) * -(-width // TILE)
+        spectrum, mixing = 2 * numbers * tiles, 4 * numbers * channels * outputs
+        return spectrum * channels + mixing, 3 * spectrum * max(channels, outputs) + 2 * mixing
+    folded = outputs * upsampled * (k + 1) ** 2 * dtype.itemsize  # the kernel for the upsampled map
+    return folded + (dtype != torch.float32) * weight.nbytes, weight.nbytes
 
 
 def check_class(args: Namespace) -> AnomalyClass:
@@ -1005,22 +980,20 @@ def check_class(args: Namespace) -> AnomalyClass:
     model_config(args)
     check_score_flags(args)
     if args.resume is None:
-        check_writable(Path(args.saveDir))
+        util.check_writable(Path(args.saveDir))
     data = open_data(args)
-    count, batch = len(data.train), args.batchSize
-    if count < 2:
-        raise InputError(f"class {data.name} has {count} training images; add some, at least 2")
-    if batch < 2 and args.loss != "likelihood" and args.template == "mean":
-        raise InputError("--batchSize 1: the loss compares pairs of images; use at least 2")
-    if batch > count:
-        raise InputError(
-            f"--batchSize {batch} is more than the {count} training images; use 2 to {count}"
-        )
-    if batch * world_size() > count:
-        raise InputError(
-            f"{world_size()} processes with --batchSize {batch} need at least as many images, there are "
-            f"{count}; start fewer"
-        )
+    count, batch, processes = len(data.train), args.batchSize, util.world_size()
+    of_pairs = args.loss != "likelihood" and args.template == "mean"
+    for wrong, message in (
+        (count < 2, f"class {data.name} has {count} training images; add some, at least 2"),
+        (batch < 2 and of_pairs, "--batchSize 1: the loss compares pairs of images; use at least 2"),
+        (batch > count, f"--batchSize {batch} is more than the {count} training images; use 2 to {count}"),
+        (batch * processes > count,
+         f"{processes} processes with --batchSize {batch} need at least as many images, there are {count}; "
+         "start fewer"),
+    ):  # fmt: skip
+        if wrong:
+            raise InputError(message)
     return data
 
 
@@ -1037,22 +1010,21 @@ def load_state(folder: Path) -> dict:
         raise InputError(
             f"--resume {folder}: no such folder; choose a run's folder, such as saveDir/tile-..."
         )
-    if not (folder / STATE_FILE).is_file():
+    path = folder / STATE_FILE
+    if not path.is_file():
         raise InputError(
-            f"--resume {folder}: no {STATE_FILE} in it; choose a run's folder, or start again"
+            f"--resume {folder}: no {path.name} in it; choose a run's folder, or start again"
         )
-    content = load_checkpoint(folder / STATE_FILE)
-    if isinstance(content.get("settings"), dict):
-        for name in ADDED_FLAGS:
-            content["settings"].setdefault(name, make_parser().get_default(name))
-    names = {action.dest for action in make_parser()._actions} - {"help"}
+    content, parser = load_checkpoint(path), make_parser()
     types = {"settings": dict, "training_images": str, "processes": int, "epoch": int, "rows": list,
              "model": dict, "optimizer": dict, "scheduler": dict, "random_state": Tensor}  # fmt: skip
-    if (
-        any(not isinstance(content.get(k), t) for k, t in types.items())
-        or content["settings"].keys() != names
-    ):
-        raise InputError(f"{folder / STATE_FILE} is not the state of a run of this version; start again")
+    fits = all(isinstance(content.get(key), kind) for key, kind in types.items())
+    if fits:
+        later = {name: parser.get_default(name) for name in ADDED_FLAGS}
+        content["settings"] = {**later, **content["settings"]}
+        fits = content["settings"].keys() == {a.dest for a in parser._actions} - {"help"}
+    if not fits:
+        raise InputError(f"{path} is not the state of a run of this version; start again")
     return content
 
 
@@ -1062,31 +1034,29 @@ def resumed_arguments(stored: dict, argv: list[str] | None) -> Namespace:
     Raises:
         InputError: a given flag contradicts the run's, or nothing is left to do.
     """
-    given = given_flags(argv)
-    folder = Path(given["resume"])
+    given, parser = given_flags(argv), make_parser()
+    where = f"--resume {given['resume']}"
     for name, value in given.items():
-        same = value == stored[name] or (name == "precision" and value == "auto")
-        if name == "imageSize":  # one number means a square
-            same = (value[0], value[-1]) == (stored[name][0], stored[name][-1])
-        if name not in FREE_ON_RESUME and not same:
+        if name not in FREE_ON_RESUME and not agrees(name, value, stored[name]):
             raise InputError(
-                f"--{name} {value} contradicts the run in {folder}, which has {stored[name]}; leave the "
-                "flag out, or start a new run"
+                f"--{name} {value} contradicts the run in {given['resume']}, which has {stored[name]}; leave "
+                "the flag out, or start a new run"
             )
-    parser = make_parser()
-    words = flag_words(parser, {**stored, "config": None, "resume": None}, f"--resume {folder}")
+    words = flag_words(parser, {**stored, "config": None, "resume": None}, where)
     free = {name: value for name, value in given.items() if name in FREE_ON_RESUME}
-    args = Namespace(**{**vars(parser.parse_args(words)), **free})
-    finished = (folder / RESULT_FILE).is_file()
-    if finished and args.epochs <= stored["epochs"]:
-        raise InputError(
-            f"--resume {folder}: this run is finished after {stored['epochs']} epochs; give more --epochs"
-        )
-    if args.epochs < stored["epochs"]:
-        raise InputError(
-            f"--epochs {args.epochs}: the run has {stored['epochs']}; give as many, or more"
-        )
+    args, done = Namespace(**{**vars(parser.parse_args(words)), **free}), stored["epochs"]
+    if (Path(args.resume) / RESULT_FILE).is_file() and args.epochs <= done:
+        raise InputError(f"{where}: this run is finished after {done} epochs; give more --epochs")
+    if args.epochs < done:
+        raise InputError(f"--epochs {args.epochs}: the run has {done}; give as many, or more")
     return args
+
+
+def agrees(name: str, given: object, stored: object) -> bool:
+    """Whether a flag asks for what the run has: auto does, and one number for a square image."""
+    if name == "imageSize":
+        return (given[0], given[-1]) == (stored[0], stored[-1])
+    return given == stored or (name in ("precision", "saveMemory") and given == "auto")
 
 
 # ----------------------------------------------------------------------------- encoder weights
@@ -1102,7 +1072,7 @@ def fill_encoder(model: PyramidFlow, source: str | None) -> None:
     if encoder == "none":
         return
     try:
-        weights = load_tensors(Path(source)) if source else download_encoder_weights(encoder)
+        weights = util.load_tensors(Path(source)) if source else download_encoder_weights(encoder)
         if not isinstance(weights, dict):
             raise ValueError("not a state dict")
         load_encoder_weights(model, weights)
@@ -1147,4 +1117,4 @@ def initialize(model: PyramidFlow, checkpoint: str | None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    util.run_script(main)

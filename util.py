@@ -26,7 +26,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 import numpy as np
 import torch
@@ -72,27 +72,24 @@ class DivergedError(InputError):
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main; what the user can mend becomes one line on stderr and an exit code."""
-    name = Path(sys.argv[0]).name
     try:
         main()
         if sys.stdout is not None:
             sys.stdout.flush()
     except InputError as error:
-        sys.exit(_fail(f"{name}: error: {error}", error.exit_code))
+        _fail(f"error: {error}", error.exit_code)
     except BrokenPipeError:  # `| head -1`: nobody reads what else there is to say
         _leave_stdout()
         sys.exit(141)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        sys.exit(
-            _fail(f"{name}: error: out of memory; use smaller images or batches, or a smaller model", 2)
-        )
+        _fail("error: out of memory; use smaller images or batches, or a smaller model", 2)
     except OSError as error:  # a full disk, a folder that went away
         _leave_stdout()
-        sys.exit(_fail(f"{name}: error: {error}", 1))
+        _fail(f"error: {error}", 1)
     except KeyboardInterrupt:
-        sys.exit(_fail(f"{name}: interrupted", 130))
+        _fail("interrupted", 130)
 
 
 def _leave_stdout() -> None:
@@ -108,14 +105,10 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, kinds) or any(text in str(error) for text in texts)
 
 
-def _fail(line: str, code: int) -> int:
-    print(" ".join(line.splitlines()), file=_stderr())
-    return code
-
-
-def _stderr() -> IO:
-    """Stderr, or nothing where it is closed."""
-    return sys.stderr or open(os.devnull, "w")
+def _fail(message: str, code: int) -> NoReturn:
+    line = " ".join(f"{Path(sys.argv[0]).name}: {message}".splitlines())
+    print(line, file=sys.stderr or open(os.devnull, "w"))  # noqa: SIM115
+    sys.exit(code)
 
 
 class StopSignals:
@@ -223,15 +216,11 @@ def boolean(text: str) -> bool:
 
 def add_running_flags(parser: argparse._ActionsContainer) -> None:
     """The flags that all scripts have which run a model."""
-    parser.add_argument("--gpu", default="0", help="index of the CUDA device (1, cuda:1), or cpu")
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="auto",
-        help="of the flow's k x k convolutions; auto: the fastest that keeps the metrics",
-    )  # fmt: skip
-    parser.add_argument(
-        "--numWorkers", type=whole_number(1), default=NUM_WORKERS,
-        help="threads that read images",
-    )  # fmt: skip
+    add = parser.add_argument
+    add("--gpu", default="0", help="index of the CUDA device (1, cuda:1), or cpu")
+    text = "of the flow's k x k convolutions; auto: the fastest that keeps the metrics"
+    add("--precision", choices=PRECISIONS, default="auto", help=text)
+    add("--numWorkers", type=whole_number(1), default=NUM_WORKERS, help="threads that read images")
 
 
 def size_text(size: Iterable[int]) -> str:
@@ -264,28 +253,22 @@ def choose_device(gpu: str) -> torch.device:
     raise InputError(f"--gpu {gpu}: no such CUDA device (this machine has: {have}); or use --gpu cpu")
 
 
-def why_no_cuda() -> str:
-    """Why this process has no CUDA device."""
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a build without CUDA"
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return "CUDA_VISIBLE_DEVICES is empty"
-    return "no NVIDIA driver or no GPU was found"
-
-
 def without_cuda(device: torch.device, gpu: str) -> list[str]:
     """A line that says why it runs on the CPU, if that was not asked for by --gpu."""
     if device.type != "cpu" or gpu == "cpu":
         return []
-    return [f"no CUDA device ({why_no_cuda()}): running on the CPU"]
+    why = "no NVIDIA driver or no GPU was found"
+    if torch.version.cuda is None:
+        why = f"torch {torch.__version__} is a build without CUDA"
+    elif os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        why = "CUDA_VISIBLE_DEVICES is empty"
+    return [f"no CUDA device ({why}): running on the CPU"]
 
 
 def describe_environment(device: torch.device) -> list[str]:
     """Versions and hardware, a line each."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in _read_lines("/proc/cpuinfo") if "model name" in line),
-        platform.processor() or platform.machine(),
-    )
+    named = [line.split(":")[1].strip() for line in _read_lines("/proc/cpuinfo") if "model name" in line]
+    cpu = named[0] if named else platform.processor() or platform.machine()
     features = ", ".join(cpu_features()) or "neither AVX-512 nor AMX"
     lines = [
         f"python {platform.python_version()}, torch {torch.__version__}, "
@@ -335,9 +318,8 @@ def choose_precision(asked: str, device: torch.device, trained_in: str | None = 
         return asked
     if trained_in == "fp32" or (trained_in == "tf32" and ampere):
         return trained_in
-    if on_cuda:
-        return "bf16" if ampere else "fp32"
-    return "bf16" if {"AVX-512 BF16", "AMX"} & set(cpu_features()) else "fp32"
+    multiplies_bfloat16 = ampere if on_cuda else {"AVX-512 BF16", "AMX"} & set(cpu_features())
+    return "bf16" if multiplies_bfloat16 else "fp32"
 
 
 def apply_precision(precision: str) -> torch.dtype | None:
@@ -371,9 +353,8 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + unused
     lines = _read_lines("/proc/meminfo")
     free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    limit, used = (_read_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    limit, used, lines = (_read_lines(f"/sys/fs/cgroup/memory.{x}") for x in ("max", "current", "stat"))
     if limit and used and limit[0].isdecimal():
-        lines = _read_lines("/sys/fs/cgroup/memory.stat")
         cached = [int(line.split()[1]) for line in lines if line.startswith("inactive_file ")]
         free.append(int(limit[0]) - int(used[0]) + sum(cached))
     return max(0, min(free)) if free else 2**32  # a machine that does not say
@@ -488,11 +469,9 @@ def gather(part: Tensor, count: int) -> Tensor:
 # ----------------------------------------------------------------------------------- progress
 
 
-def progress(
-    items: Iterable, description: str, total: int | None = None, initial: int = 0, unit: str = "it"
-) -> tqdm:
+def progress(items: Iterable, description: str, total: int | None = None, unit: str = "it") -> tqdm:
     """A progress bar on stderr; where stderr is a file, a line every few seconds instead."""
-    options = {"desc": description, "total": total, "initial": initial, "unit": unit, "leave": False}
+    options = {"desc": description, "total": total, "unit": unit, "leave": False}
     if sys.stderr is not None and sys.stderr.isatty():
         return tqdm(items, **options, dynamic_ncols=True)
     return tqdm(
@@ -575,9 +554,7 @@ def create_run_folder(save_dir: Path, name: str, flag: str = "--saveDir") -> Pat
                 folder.mkdir()
                 return folder
     except OSError as error:
-        raise InputError(
-            f"cannot write to {flag} {save_dir} ({error.strerror}); choose another"
-        ) from None
+        raise _cannot_write(save_dir, flag, error) from None
     raise InputError(f"{flag} {save_dir} holds too many runs of this second")
 
 
@@ -587,16 +564,16 @@ def check_writable(save_dir: Path, flag: str = "--saveDir") -> None:
     Raises:
         InputError: nothing can be made in `save_dir`.
     """
-    existing = save_dir.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    folders = (save_dir.absolute(), *save_dir.absolute().parents)
     try:
-        with tempfile.TemporaryFile(dir=existing):
+        with tempfile.TemporaryFile(dir=next(folder for folder in folders if folder.exists())):
             pass
     except OSError as error:
-        raise InputError(
-            f"cannot write to {flag} {save_dir} ({error.strerror}); choose another"
-        ) from None
+        raise _cannot_write(save_dir, flag, error) from None
+
+
+def _cannot_write(save_dir: Path, flag: str, error: OSError) -> InputError:
+    return InputError(f"cannot write to {flag} {save_dir} ({error.strerror}); choose another")
 
 
 def lock(file: IO) -> bool:
@@ -679,17 +656,15 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> object:
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():
                     raise ValueError("checksum")
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; choose a file that does") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder; choose a file in it, of a run last.pt") from None
-    except PermissionError:
-        raise InputError(f"{path} cannot be read (permission denied); change its permissions") from None
     except Exception as error:  # torch.load raises nearly anything on damaged files
-        problem = (
-            f"cannot be read ({error.strerror}); mend that, or use another file"
-            if isinstance(error, OSError) and error.strerror
-            else "cannot be read as tensors and plain values; it is damaged or not a .pt file, use another"
-        )
-        raise InputError(f"{path} {problem}") from None
+        problems = {
+            FileNotFoundError: "does not exist; choose a file that does",
+            IsADirectoryError: "is a folder; choose a file in it, of a run last.pt",
+            PermissionError: "cannot be read (permission denied); change its permissions",
+        }
+        if isinstance(error, OSError) and error.strerror:
+            otherwise = f"cannot be read ({error.strerror}); mend that, or use another file"
+        else:
+            otherwise = "cannot be read as tensors and plain values; it is damaged or not a .pt file, use another"
+        raise InputError(f"{path} {problems.get(type(error), otherwise)}") from None
     return content

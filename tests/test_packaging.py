@@ -16,7 +16,8 @@ else:
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "skimage": "scikit-image",
+                 "sklearn": "scikit-learn", "yaml": "pyyaml"}  # fmt: skip
 FILES_OF_EXTRAS = {
     "requirements-optional.txt": ["export", "reproduce", "tensorboard"],
     "requirements-dev.txt": ["dev"],

@@ -13,6 +13,7 @@ import torch
 from conftest import SMALL, make_class
 
 import train
+import util
 from dataset import Augmentation, Images, normalize, training_order
 from model import PyramidFlow, training_loss
 from scorer import Scorer, TestSet, load_checkpoint
@@ -133,7 +134,7 @@ def test_the_same_metrics_in_one_folder(by_two, by_one):
 
 
 def test_more_processes_than_pairs_are_refused(data, monkeypatch):
-    monkeypatch.setattr(train, "world_size", lambda: 5)
+    monkeypatch.setattr(util, "world_size", lambda: 5)
     with pytest.raises(InputError, match="start fewer"):
         train.check_class(train.parse_arguments(flags(data)))
 

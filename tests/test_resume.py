@@ -224,7 +224,7 @@ def stopped(data, tmp_path, monkeypatch):
     [
         (["--numStack", 2], "--numStack 2 contradicts the run"),
         (["--seed", 1], "which has 0"),
-        (["--saveMemory", "false"], "--saveMemory False contradicts"),
+        (["--saveMemory", "true"], "--saveMemory True contradicts"),
         (["--epochs", 2], "the run has 3; give as many, or more"),
         (["--lr", "1e-3"], "--lr 0.001 contradicts"),
         (["--imageSize", 64], "--imageSize"),

@@ -14,9 +14,11 @@ from conftest import SMALL, make_class
 from PIL import Image
 
 import train
+import util
+from benchmarks.measuring import step_memory
 from dataset import Images, open_class
 from metrics import METRICS, TABLE_METRICS, evaluate_maps
-from model import PyramidFlow, PyramidFlowConfig
+from model import PyramidFlow, PyramidFlowConfig, training_loss
 from scorer import Scorer, TestSet, load_checkpoint
 
 CPU = torch.device("cpu")
@@ -141,11 +143,63 @@ def test_the_same_seed_gives_the_same_numbers_twice(tmp_path, run_main):
 @pytest.mark.usefixtures("widget")
 def test_memory_saving_changes_nothing_but_memory(tmp_path, run_main):
     losses = []
-    for value in ("true", "no"):
+    for value in ("true", "no", "auto"):
         code, out, _ = run_main(train.main, flags(tmp_path, "--saveMemory", value, "--epochs", 1))
         assert code == 0
         losses.append(out.split("loss ")[1].split(",")[0])
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.usefixtures("widget")
+@pytest.mark.parametrize(("times", "saves"), [(1.9, True), (2.1, False)])
+def test_auto_saves_memory_where_activations_would_take_half_of_it(
+    tmp_path, run_main, monkeypatch, times, saves
+):
+    given = list(map(str, flags(tmp_path, "--epochs", 1)))
+    args = train.parse_arguments(given)
+    need = train.activation_bytes(train.model_config(args), args.batchSize, "fp32", CPU)
+    monkeypatch.setattr(util, "free_memory", lambda device: times * need)
+    code, out, err = run_main(train.main, given)
+    assert code == 0, err
+    assert out.count(f"--saveMemory auto is {str(saves).lower()}: ") == 1
+    config = json.loads((only_run(tmp_path) / "config.json").read_text())
+    assert (config["settings"]["saveMemory"], config["model"]["save_memory"]) == (saves, saves)
+    assert load_checkpoint(only_run(tmp_path) / "last.pt")["config"]["save_memory"] == saves
+    monkeypatch.setattr(util, "free_memory", lambda device: 0)  # a resumed run keeps to its way
+    code, out, err = run_main(
+        train.main, ["--resume", only_run(tmp_path), "--epochs", 2, "--saveMemory", "auto"]
+    )
+    assert code == 0, err
+    assert "--saveMemory auto" not in out
+    assert load_checkpoint(only_run(tmp_path) / "last.pt")["config"]["save_memory"] == saves
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("levels", "changes"),
+    [
+        (4, {}),
+        (8, {}),
+        (8, {"volume_norm": "SVN"}),
+        (4, {"num_stack": 2, "batch": 4}),
+        (4, {"encoder": "resnet18", "image_size": (64, 64)}),
+    ],
+    ids=["FNF", "FNF, 8 levels", "SVN", "4 images", "Res18"],
+)
+def test_activations_take_what_is_estimated(levels, changes, precision):
+    given = {"batch": 2, "encoder": "none", "image_size": (128, 128), "num_level": levels, **changes}
+    batch = given.pop("batch")
+    config = PyramidFlowConfig(**given, save_memory=False)
+    torch.manual_seed(0)
+    model = PyramidFlow(config).train()
+    model.compute_networks_in(torch.bfloat16 if precision == "bf16" else None)
+    images = torch.randn(batch, 3, *config.image_size)
+
+    def step():
+        training_loss(model, *model(images)).backward()
+
+    measured = step_memory(step, model.flow, CPU)
+    assert train.activation_bytes(config, batch, precision, CPU) == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -192,12 +246,14 @@ def test_tensorboard(tmp_path, run_main, monkeypatch):
     assert "pip install tensorboard" in err
 
 
-def test_a_class_that_fails_does_not_stop_the_others(tmp_path, run_main):
+@pytest.mark.parametrize("names", [["bolt", "nut"], ["all"]])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_class_that_fails_does_not_stop_the_others(tmp_path, run_main, part, names):
     for name in ("bolt", "nut"):
         make_class(tmp_path / "data", name)
-    path = tmp_path / "data" / "bolt" / "test" / "good" / "000.png"
+    path = tmp_path / "data" / "bolt" / part / "good" / "000.png"
     path.write_bytes(path.read_bytes()[:200])
-    code, out, err = run_main(train.main, flags(tmp_path, "--cls", "bolt", "nut", "--epochs", 1))
+    code, out, err = run_main(train.main, flags(tmp_path, "--cls", *names, "--epochs", 1))
     assert (code, err.count("\n")) == (2, 1)
     assert f"bolt: cannot read image {path}" in err
     assert "| nut | 1 (last) |" in out
@@ -328,6 +384,28 @@ def test_weights_that_are_not_finite_stop_the_run(tmp_path, run_main, monkeypatc
     assert not (only_run(tmp_path) / "last.pt").exists()
     state = load_checkpoint(only_run(tmp_path) / "state.pt")
     assert state["epoch"] == 1
+    assert all(torch.isfinite(x).all() for x in state["model"].values())
+
+
+@pytest.mark.usefixtures("widget")
+def test_weights_that_break_in_an_epoch_without_evaluation_do_not_replace_the_last_state(
+    tmp_path, run_main, monkeypatch
+):
+    original, epochs = train.train_one_epoch, []
+
+    def breaks_in_the_last_step(network, model, *rest):
+        loss = original(network, model, *rest)
+        epochs.append(loss)
+        if len(epochs) == 2:
+            next(model.flow.parameters()).data.fill_(math.inf)
+        return loss
+
+    monkeypatch.setattr(train, "train_one_epoch", breaks_in_the_last_step)
+    code, _, err = run_main(train.main, flags(tmp_path, "--epochs", 4, "--evalEvery", 4))
+    assert (code, err.count("\n")) == (1, 1)
+    assert "the weights are no longer finite" in err
+    state = load_checkpoint(only_run(tmp_path) / "state.pt")
+    assert state["epoch"] == 2
     assert all(torch.isfinite(x).all() for x in state["model"].values())
 
 
@@ -591,7 +669,7 @@ def test_official_names_and_defaults():
     official = {
         "cls": ["tile"], "datapath": "../mvtec_anomaly_detection", "encoder": "resnet18", "numLayer": "auto",
         "volumeNorm": "auto", "kernelSize": 7, "numChannel": 16, "numStack": 4, "gpu": "0", "batchSize": 2,
-        "saveMemory": True, "epochs": 15, "seed": 0, "encoderBN": "batch", "augment": "auto", "lr": 2e-4,
+        "saveMemory": "auto", "epochs": 15, "seed": 0, "encoderBN": "batch", "augment": "auto", "lr": 2e-4,
         "beta1": 0.5, "beta2": 0.9, "eps": 1e-4, "weightDecay": 1e-5, "clipNorm": 1.0, "score": "paper",
     }  # fmt: skip
     assert {name: getattr(args, name) for name in official} == official
