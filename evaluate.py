@@ -27,20 +27,18 @@ from scorer import (
     find_checkpoint,
     fit_all,
     score_all,
+    start_on,
 )
 from util import (
     InputError,
     Parser,
     add_running_flags,
     check_writable,
-    choose_device,
     create_run_folder,
     describe_environment,
-    keep_freed_memory,
     number,
     run_script,
     start_log,
-    without_cuda,
     write_csv,
     write_json,
 )
@@ -48,10 +46,7 @@ from util import (
 
 def main() -> None:
     args = parse_arguments()
-    device = choose_device(args.gpu)
-    for line in without_cuda(device, args.gpu):
-        print(line, flush=True)
-    keep_freed_memory()
+    device = start_on(args.gpu)
     check_writable(args.out, "--out")
     args.checkpoint = find_checkpoint(args.checkpoint)
     stored = Scorer.load(args.checkpoint, device, args.precision)

@@ -21,7 +21,6 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -31,25 +30,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import MASK_SIZE
-from scorer import (
-    IMAGE_QUANTILE,
-    LARGEST,
-    PIXEL_QUANTILE,
+from scorer import LARGEST, Scorer, gaussian, highest, latents_of, read_metrics
+from util import InputError, Parser, atomic_path, run_script
+from verdict import (
     Calibration,
-    Inspection,
-    Picture,
+    Inspector,
     Scored,
-    Scorer,
     Thresholds,
     add_threshold_flags,
     choose_thresholds,
-    gaussian,
-    highest,
-    inspect,
-    latents_of,
-    read_metrics,
+    thresholds_of_flags,
 )
-from util import InputError, Parser, atomic_path, run_script
 
 OPSET = 18
 METADATA_KEY, DIGEST_KEY = "pyramidflow", "sha256"
@@ -70,9 +61,7 @@ def main() -> None:
     if args.out.exists():
         raise InputError(f"{args.out} exists; choose a new file")
     scorer = Scorer.load(args.checkpoint, "cpu", "fp32")
-    quantiles = (args.pixelQuantile, args.imageQuantile)
-    thresholds = choose_thresholds(args.threshold, scorer.metrics, scorer.calibration, quantiles)
-    export_onnx(scorer, args.out, thresholds, args.anyImageSize)
+    export_onnx(scorer, args.out, thresholds_of_flags(args, scorer), args.anyImageSize)
     print(f"written to {args.out}: {args.out.stat().st_size / 2**20:.1f} MiB")
 
 
@@ -91,9 +80,7 @@ def export_onnx(
     Raises:
         InputError: the packages for it are missing, it would be too large, or it cannot be written.
     """
-    if thresholds is None:
-        quantiles = PIXEL_QUANTILE, IMAGE_QUANTILE
-        thresholds = choose_thresholds("quantile", scorer.metrics, scorer.calibration, quantiles)
+    thresholds = thresholds or choose_thresholds("quantile", scorer.metrics, scorer.calibration)
     data = serialize(scorer, thresholds, any_image_size)
     try:
         with atomic_path(path) as temporary:
@@ -272,7 +259,7 @@ class _FixedMatrix(nn.Module):
 # ------------------------------------------------------------------------------------ reading
 
 
-class OnnxScorer:
+class OnnxScorer(Inspector):
     """An exported model, run by onnxruntime, with the interface of `scorer.Scorer`.
 
     Attributes:
@@ -305,13 +292,6 @@ class OnnxScorer:
         except Exception:  # onnxruntime has exceptions of its own for damaged files
             problem = "is not a model that export.py wrote, or it is damaged; export it again"
             raise InputError(f"{path} {problem}") from None
-
-    def inspect(
-        self, images: Picture | Sequence[Picture], thresholds: Thresholds | None = None,
-        min_area: int = 1, roi: Picture | None = None, batch_size: int = 4,
-    ) -> Inspection | list[Inspection]:  # fmt: skip
-        """`scorer.inspect`: the verdict on an image of any size, or a list of them."""
-        return inspect(self, images, thresholds, min_area, roi, batch_size)
 
     def score(self, images: Tensor, roi: Tensor | None = None) -> Scored:
         """Anomaly maps (B,256,256) and scores (B,) of images uint8 (B,h,w,3).

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from dataset import IMAGENET_MEAN, IMAGENET_STD, TestImage
 from metrics import PRO_LIMIT, TABLE_METRICS, Ranking, metric_labels
-from scorer import Calibration, Scored, Scorer, TestSet, distribution
+from scorer import Scorer, TestSet
 from util import atomic_path
+from verdict import Calibration, Scored, distribution
 
 PANELS_PER_KIND = 3
 COLOR_MAP = "turbo"

@@ -14,25 +14,13 @@ import shlex
 from pathlib import Path
 
 from dataset import IMAGE_SUFFIXES, Images, list_images
-from scorer import ScoreOptions, Scorer, add_score_flags, check_score_flags
-from util import (
-    InputError,
-    Parser,
-    add_running_flags,
-    check_writable,
-    choose_device,
-    keep_freed_memory,
-    run_script,
-    without_cuda,
-)
+from scorer import ScoreOptions, Scorer, add_score_flags, check_score_flags, start_on
+from util import InputError, Parser, add_running_flags, check_writable, run_script
 
 
 def main() -> None:
     args = parse_arguments()
-    device = choose_device(args.gpu)
-    for line in without_cuda(device, args.gpu):
-        print(line, flush=True)
-    keep_freed_memory()
+    device = start_on(args.gpu)
     if args.out.exists():
         raise InputError(f"--out {args.out} exists; choose a new file")
     check_writable(args.out.parent, "--out")

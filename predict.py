@@ -30,24 +30,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 import report
 from dataset import IMAGE_SUFFIXES, list_images, look_ahead, read_image
 from export import OnnxScorer
 from figures import file_name, overlay, to_picture, write_png, write_tiff
-from scorer import (
-    Inspection,
-    Scorer,
-    Thresholds,
-    add_threshold_flags,
-    choose_thresholds,
-    find_checkpoint,
-    judge,
-    read_roi,
-    resize_image,
-    score_arrays,
-)
+from scorer import Scorer, find_checkpoint, start_on
 from util import (
     InputError,
     Interrupted,
@@ -55,13 +45,20 @@ from util import (
     StopSignals,
     add_running_flags,
     atomic_path,
-    choose_device,
-    keep_freed_memory,
     lock,
     progress,
     run_script,
     whole_number,
     write_json,
+)
+from verdict import (
+    Inspection,
+    Thresholds,
+    add_threshold_flags,
+    judge,
+    read_roi,
+    resize_image,
+    thresholds_of_flags,
 )
 
 SCORE_COLUMNS = (
@@ -83,15 +80,14 @@ ROWS = "rows.jsonl"  # beside it, the rows of the images that are done, until al
 
 def main() -> None:
     args = parse_arguments()
-    keep_freed_memory()
+    device = start_on(args.gpu)
     args.model = find_checkpoint(args.model)
-    scorer = load_scorer(args)
+    scorer = load_scorer(args, device)
     if args.template:
         save_template(scorer, args.template)
     if not args.images:
         return
-    quantiles = (args.pixelQuantile, args.imageQuantile)
-    thresholds = choose_thresholds(args.threshold, scorer.metrics, scorer.calibration, quantiles)
+    thresholds = thresholds_of_flags(args, scorer)
     roi = None if args.roi is None else read_roi(args.roi)
     number, count = args.shard
     items = find_images(args.images)[number - 1 :: count]
@@ -154,8 +150,7 @@ def shard(text: str) -> tuple[int, int]:
 # -------------------------------------------------------------------------------------- model
 
 
-def load_scorer(args: argparse.Namespace) -> Scorer | OnnxScorer:
-    device = choose_device(args.gpu)
+def load_scorer(args: argparse.Namespace, device: torch.device) -> Scorer | OnnxScorer:
     if args.model.suffix.lower() != ".onnx":
         return Scorer.load(args.model, device, args.precision)
     if args.precision != "auto":
@@ -458,7 +453,7 @@ def scored(
         loaded = [image for image in loaded if not image.error]
         if loaded:
             names = [image.item.path for image in loaded]
-            pairs = score_arrays(scorer, [image.resized for image in loaded], names, roi)
+            pairs = scorer.score_arrays([image.resized for image in loaded], names, roi)
             yield [(image, *pair) for image, pair in zip(loaded, pairs, strict=True)]
 
 

@@ -26,8 +26,9 @@ from torch import Tensor
 
 import figures
 from metrics import METRICS, PRO_LIMIT, TABLE_METRICS, Ranking, metric_labels
-from scorer import Scored, Scorer, TestSet, Thresholds, distribution
+from scorer import Scorer, TestSet
 from util import describe_environment, percent, write_text
+from verdict import Scored, Thresholds, distribution
 
 FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2")

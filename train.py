@@ -75,10 +75,7 @@ from model import (
     training_loss,
 )
 from scorer import (
-    FALSE_ALARM,
     LAST_FILE,
-    LOWEST_RATE,
-    Scored,
     ScoreOptions,
     Scorer,
     TestSet,
@@ -87,7 +84,6 @@ from scorer import (
     empty_scores,
     fit_all,
     load_checkpoint,
-    named_thresholds,
     save_checkpoint,
     score_all,
 )
@@ -127,6 +123,7 @@ from util import (
     write_csv,
     write_json,
 )
+from verdict import FALSE_ALARM, LOWEST_RATE, Scored, named_thresholds
 
 STATE_FILE, RESULT_FILE = "state.pt", "result.json"
 STEPS_BETWEEN_LOOKS = 50  # at the loss, for which the host waits on CUDA

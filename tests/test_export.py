@@ -17,7 +17,8 @@ import export
 import predict
 from export import METADATA_KEY, OnnxScorer, digest_entry, export_onnx
 from model import PyramidFlow, PyramidFlowConfig
-from scorer import LEVELS, Calibration, ScoreOptions, Scorer, Thresholds, resize_image
+from scorer import ScoreOptions, Scorer
+from verdict import LEVELS, Calibration, Thresholds, resize_image
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

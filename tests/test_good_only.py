@@ -17,16 +17,9 @@ import predict
 import reproduce
 import train
 from dataset import AnomalyClass, hold_out, is_flat, load_masks, open_class, open_folders
-from scorer import (
-    LEVELS,
-    Calibration,
-    Scorer,
-    choose_thresholds,
-    load_checkpoint,
-    named_thresholds,
-    save_checkpoint,
-)
+from scorer import Scorer, load_checkpoint, save_checkpoint
 from util import Clock, InputError
+from verdict import LEVELS, Calibration, choose_thresholds, named_thresholds
 
 ONCE = [*SMALL[2:], "--epochs", 1]  # without --cls
 PIXELS = np.linspace(0, 1, len(LEVELS)).tolist()
