@@ -90,7 +90,7 @@ def save_evaluation(
         save_panel(path, title, image, template, maps[i], scale, mask)
     save_histogram(folder / "histogram.png", scores, truth.defective, scorer.calibration, shown)
     if truth.masks is not None:
-        pixels = Ranking(maps[~truth.masks], maps[truth.masks])
+        pixels = Ranking.of_pixels(maps, truth)
         images = Ranking(scores[~truth.defective], scores[truth.defective])
         if pixels.defined:
             save_roc_and_pro(folder / "roc_pro.png", images, pixels, truth.region_shares, pro_limit)

@@ -1,6 +1,6 @@
 """From a trained model to scores: templates, anomaly maps, and the file that holds them.
 
-    images uint8 (B,h,w,3) -> latents z -> |z - template|, composed -> anomaly map (B,256,256) -> score
+    images uint8 (B,h,w,3) -> latents z -> |z - template|, composed -> anomaly maps (B,H,W) -> scores (B,)
 
 `Scorer.fit` makes one of a model and good images, `Scorer.load` reads one from a file; `Scorer.inspect` gives
 the verdict on an image (verdict.py).  Two scores:
@@ -12,9 +12,9 @@ bank: the mean and several good images as templates, differences divided by thei
 
 from __future__ import annotations
 
-import argparse
 import glob
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -27,34 +27,38 @@ from torch import Tensor
 
 import kernels
 from autoFlow import Tensors
-from dataset import MASK_SIZE, AnomalyClass, Images, evaluation_order, load_masks, normalize
-from metrics import GroundTruth
+from dataset import AnomalyClass, Images, evaluation_order, load_masks, normalize
+from metrics import GroundTruth, all_finite
 from model import PyramidFlow, PyramidFlowConfig, compare, coupling_schedule
 from util import (
     DivergedError,
     InputError,
     apply_precision,
-    boolean,
-    choose_device,
     choose_precision,
     free_memory,
     gather,
-    keep_freed_memory,
     load_tensors,
-    number,
     progress,
     save_tensors,
     share,
     total,
-    whole_number,
-    without_cuda,
 )
-from verdict import Calibration, Inspector, Scored, distribution, is_rate, named_thresholds
+from verdict import (
+    Calibration,
+    Inspector,
+    Scored,
+    distribution,
+    is_rate,
+    named_thresholds,
+    resize_maps,
+)
 
 FORMAT, VERSION = "PyramidFlow checkpoint", 3
 LARGEST = 2**14  # of any number in a configuration: a damaged file must not make a huge model
 LAST_FILE = "last.pt"  # of a run, the scorer of its last epoch
 SCORES = ("paper", "bank")
+IMAGE_SCORES = ("max", "top")
+TOP_ONE_IN = 1000  # pixels, whose mean score is the image's by "top"
 MOST_SMOOTH = 64.0
 LATENT_SHARE = 1 / 4  # of the free memory, for latents that are needed more than once
 MOST_TEMPLATES = 1024
@@ -75,39 +79,20 @@ class ScoreOptions:
         num_template: K of the bank; with 1 the bank is the mean, whitened.
         whiten: divide the bank's differences by their usual size, for each level and channel.
         smooth: deviation in pixels of a Gaussian over the bank's anomaly maps; 0: none.
+        image_score: of an image, "max", its map's highest pixel; "top", the mean of the highest in a thousand.
     """
 
     score: str = "paper"
     num_template: int = 64
     whiten: bool = True
     smooth: float = 1.0
+    image_score: str = "max"
 
-    @classmethod
-    def from_flags(cls, args: argparse.Namespace) -> ScoreOptions:
-        """The options that the flags of `add_score_flags` ask for."""
-        return cls(args.score, args.numTemplate, args.whiten, args.smooth)
-
-
-def add_score_flags(parser: argparse._ActionsContainer) -> None:
-    """The flags of all scripts that fit a scorer."""
-    add, default = parser.add_argument, ScoreOptions()
-    # fmt: off
-    add("--score", choices=SCORES, default=default.score,
-        help="paper: difference to the mean latent; bank: to the best fitting of several good images, for parts "
-        "at any angle and wandering textures")
-    add("--numTemplate", type=whole_number(1, MOST_TEMPLATES), default=default.num_template, metavar="K",
-        help="--score bank: templates, the mean among them")
-    add("--whiten", type=boolean, default=default.whiten, metavar="{true,false}",
-        help="--score bank: divide differences by their usual size, per level and channel")
-    add("--smooth", type=number(0, MOST_SMOOTH), default=default.smooth, metavar="PIXELS",
-        help="--score bank: deviation of a Gaussian over the anomaly map")
-    # fmt: on
-
-
-def check_score_flags(args: argparse.Namespace) -> None:
-    """Raises InputError if a flag of the bank was given without the bank."""
-    if args.score != "bank" and ScoreOptions.from_flags(args) != ScoreOptions(args.score):
-        raise InputError("--numTemplate, --whiten and --smooth need --score bank; add it")
+    @property
+    def with_papers(self) -> list[ScoreOptions]:
+        """The paper's score, and these options unless they are the paper's."""
+        papers = ScoreOptions(image_score=self.image_score)
+        return [papers, self] if self.score == "bank" else [papers]
 
 
 @dataclass
@@ -120,6 +105,8 @@ class Scorer(Inspector):
         num_typical: so many of them, the first ones, are typical: image scores come from these.
         sigma: L tensors (C,), by which differences are divided; None: they are not.
         smooth: deviation in pixels of the Gaussian over maps; 0: none.
+        image_score: one of `IMAGE_SCORES`.
+        roi: bool (H,W) of the map size, outside of which nothing counts; None: everything does.
         calibration: scores of good images, held-out ones if there are; None if there were too few.
         metrics: of the class's test images, with the thresholds of best F1; may be empty.
         class_name: what it was fitted on.
@@ -132,6 +119,8 @@ class Scorer(Inspector):
     num_typical: int = 1
     sigma: Tensors | None = None
     smooth: float = 0.0
+    image_score: str = "max"
+    roi: Tensor | None = None
     calibration: Calibration | None = None
     metrics: dict = field(default_factory=dict)
     class_name: str = ""
@@ -141,7 +130,7 @@ class Scorer(Inspector):
     @classmethod
     def fit(
         cls, model: PyramidFlow, images: Images, options: ScoreOptions | None = None, template: str = "mean",
-        class_name: str = "", settings: dict | None = None,
+        class_name: str = "", settings: dict | None = None, roi: Tensor | None = None,
     ) -> Scorer:  # fmt: skip
         """Templates, whitening and calibration of good images, always of the weights as they are.
 
@@ -150,18 +139,20 @@ class Scorer(Inspector):
         Args:
             images: good ones, un-augmented.
             template: "zero" takes zero in place of the mean (ablation II of Table 2).
+            roi: bool (H,W) of the map size, outside of which nothing counts.
 
         Raises:
             ValueError: no images.
         """
-        return fit_all(model, images, [options or ScoreOptions()], template, class_name, settings)[0]
+        given = template, class_name, settings, None, roi
+        return fit_all(model, images, [options or ScoreOptions()], *given)[0]
 
     @torch.no_grad()
     def score(self, images: Tensor, roi: Tensor | None = None) -> Scored:
-        """Anomaly maps (B,256,256) and scores (B,) of images uint8 (B,h,w,3) of the model's size.
+        """Anomaly maps (B,H,W) of the map size and scores (B,) of images uint8 (B,h,w,3) of the model's size.
 
         Args:
-            roi: bool (256,256), where scores are taken; maps are whole.  None: everywhere.
+            roi: bool (H,W), where scores are taken, instead of the scorer's own; maps are whole.
         """
         latents = latents_of(self.model, images.to(self.device))
         return self.score_latents(latents, roi=None if roi is None else roi.to(self.device))
@@ -178,9 +169,10 @@ class Scorer(Inspector):
             mean_factor: by which differences to the first template, the mean, are multiplied.
         """
         maps, typical = self.differences(latents, left_out, mean_factor)
-        maps = at_mask_size(maps)
-        scores = highest(maps if typical is None else at_mask_size(typical), roi)
-        return Scored(gaussian(maps, self.smooth) if self.smooth else maps, scores)
+        maps = resize_maps(maps, self.map_size)
+        typical = maps if typical is None else resize_maps(typical, self.map_size)
+        roi = self.roi if roi is None else roi
+        return Scored(gaussian(maps, self.smooth), image_scores(typical, self.image_score, roi))
 
     def differences(
         self, latents: Tensors, left_out: Tensor | None = None, mean_factor: float = 1.0
@@ -230,6 +222,11 @@ class Scorer(Inspector):
             return latents
         return tuple(z / s[:, None, None] for z, s in zip(latents, self.sigma, strict=True))
 
+    def empty_scores(self) -> Scored:
+        """Of no image."""
+        zeros = torch.zeros(0, *self.map_size, device=self.device)
+        return Scored(zeros, zeros[:, 0, 0])
+
     def score_all(self, images: Images, description: str = "test") -> Scored:
         """Maps and scores of all images, in every process; raises DivergedError as `score_all`."""
         return score_all([self], images, description)[0]
@@ -265,11 +262,15 @@ class Scorer(Inspector):
         return self.config.image_size
 
     @property
+    def map_size(self) -> tuple[int, int]:
+        return self.config.map_size
+
+    @property
     def options(self) -> ScoreOptions:
         """What it was fitted with; of templates, as many as there are."""
         count, whiten = len(self.templates[0]), self.sigma is not None
         score = "bank" if count > 1 or whiten or self.smooth else "paper"
-        return ScoreOptions(score, count, whiten, self.smooth)
+        return ScoreOptions(score, count, whiten, self.smooth, self.image_score)
 
     def save(self, path: Path) -> None:
         """Write everything to one file of tensors and plain values that `load` reads.
@@ -286,6 +287,8 @@ class Scorer(Inspector):
             "num_typical": self.num_typical,
             "sigma": None if self.sigma is None else [s.cpu() for s in self.sigma],
             "smooth": self.smooth,
+            "image_score": self.image_score,
+            "roi": None if self.roi is None else self.roi.cpu(),
             "metrics": self.metrics,
             "calibration": None if self.calibration is None else asdict(self.calibration),
             # For people: `load` finds them anew.
@@ -301,6 +304,10 @@ class Scorer(Inspector):
             InputError: it is missing, damaged, of another version, or holds what does not fit together.
         """
         path, device = find_checkpoint(path), torch.device(device)
+        if path.suffix.lower() == ".onnx":
+            raise InputError(
+                f"{path} is an ONNX file, whose scores are fixed; choose the last.pt it is of"
+            )
         content = load_checkpoint(path)
         if "optimizer" in content:
             raise InputError(f"{path} is what --resume needs; choose last.pt beside it")
@@ -325,9 +332,14 @@ class Scorer(Inspector):
         require(type(num_typical) is int, "number of typical templates")
         require(1 <= num_typical <= len(templates[0]), "number of typical templates")
         require(isinstance(smooth, (int, float)) and 0 <= smooth <= MOST_SMOOTH, "smoothing")
+        image_score, roi = content.get("image_score", "max"), content.get("roi")  # old files lack them
+        require(image_score in IMAGE_SCORES, "image score")
+        if roi is not None:
+            read_tensor(roi, config.map_size, torch.bool, "region of the part")
+            require(bool(roi.any()), "region of the part is empty")
         return cls(
             model, templates, num_typical,
-            None if sigma is None else read_sigma(config, sigma), smooth,
+            None if sigma is None else read_sigma(config, sigma), smooth, image_score, roi,
             None if calibration is None else Calibration.from_dict(calibration),
             read_metrics(content["metrics"]), str(content["class"]), dict(content["settings"]),
         )  # fmt: skip
@@ -337,6 +349,7 @@ class Scorer(Inspector):
         self.model.to(device).compute_networks_in(apply_precision(precision))
         self.templates = tuple(lay_out(t.to(device)) for t in self.templates)
         self.sigma = None if self.sigma is None else tuple(s.to(device) for s in self.sigma)
+        self.roi = None if self.roi is None else self.roi.to(device)
         return self
 
 
@@ -349,17 +362,12 @@ def score_all(scorers: Sequence[Scorer], images: Images, description: str = "tes
     """
     model, device = scorers[0].model.eval(), scorers[0].device
     indices = evaluation_order(share(range(len(images))), batch_size(model.config, device))
-    parts = [[empty_scores(device)] for _ in scorers]
+    parts = [[scorer.empty_scores()] for scorer in scorers]
     for batch in progress(images.batches(indices), description, len(indices)):
         latents = latents_of(model, batch)
         for scorer, found in zip(scorers, parts, strict=True):
             found.append(scorer.score_latents(latents))
     return [collect(found, len(images)) for found in parts]
-
-
-def empty_scores(device: torch.device) -> Scored:
-    """Of no image."""
-    return Scored(torch.zeros(0, *MASK_SIZE, device=device), torch.zeros(0, device=device))
 
 
 def collect(parts: Sequence[Scored], count: int) -> Scored:
@@ -368,26 +376,30 @@ def collect(parts: Sequence[Scored], count: int) -> Scored:
     Raises:
         DivergedError: one is not finite.
     """
-    maps, scores = (gather(torch.cat(x), count) for x in zip(*parts, strict=True))
-    if not torch.isfinite(maps).all():
+    found = Scored(*(gather(torch.cat(x), count) for x in zip(*parts, strict=True)))
+    if not all(map(all_finite, found)):
         raise DivergedError("anomaly maps are no longer finite")
-    return Scored(maps, scores)
+    return found
 
 
-def at_mask_size(maps: Tensor) -> Tensor:
-    """(B,H,W) -> (B,256,256), where maps and masks meet."""
-    if maps.shape[-2:] == MASK_SIZE:
-        return maps
-    return F.interpolate(maps[:, None], MASK_SIZE, mode="bilinear", antialias=True)[:, 0]
-
-
-def highest(maps: Tensor, roi: Tensor | None = None) -> Tensor:
-    """(B,) of maps (B,H,W), inside of `roi`, bool (H,W)."""
-    return (maps if roi is None else maps.where(roi, -torch.inf)).amax((1, 2))
+def image_scores(maps: Tensor, kind: str, roi: Tensor | None = None) -> Tensor:
+    """(B,) of maps (B,H,W), inside of `roi`, bool (H,W); kind is one of `IMAGE_SCORES`."""
+    inside = maps if roi is None else maps.where(roi, -torch.inf)
+    if kind == "max":
+        return inside.amax((1, 2))
+    count = math.ceil(maps[0].numel() / TOP_ONE_IN)
+    highest = inside.flatten(1).topk(count).values
+    if roi is None:
+        return highest.mean(1)
+    count_inside = (roi.sum() + TOP_ONE_IN - 1) // TOP_ONE_IN  # a graph may not depend on its value
+    taken = torch.arange(count, device=maps.device) < count_inside
+    return highest.where(taken, 0).sum(1) / count_inside
 
 
 def gaussian(maps: Tensor, deviation: float) -> Tensor:
     """Maps (B,H,W), smoothed; reflected at the border."""
+    if not deviation:
+        return maps
     size = 2 * min(int(4 * deviation + 0.5), *(n - 1 for n in maps.shape[-2:])) + 1
     return torchvision.transforms.functional.gaussian_blur(maps, [size, size], [deviation] * 2)
 
@@ -403,8 +415,8 @@ def batch_size(config: PyramidFlowConfig, device: torch.device) -> int:
     elements = CPU_BATCH_ELEMENTS
     if device.type == "cuda":
         elements = min(CUDA_BATCH_ELEMENTS, free_memory(device) // 2 // CUDA_BYTES)
-    maps = MASK_SIZE[0] * MASK_SIZE[1]
-    return max(1, elements // max(height * width * config.channels, maps))
+    largest = max(height * width * config.channels, math.prod(config.map_size))
+    return max(1, elements // largest)
 
 
 # ------------------------------------------------------------------------------------ fitting
@@ -413,20 +425,24 @@ def batch_size(config: PyramidFlowConfig, device: torch.device) -> int:
 def fit_all(
     model: PyramidFlow, images: Images, options: Sequence[ScoreOptions], template: str = "mean",
     class_name: str = "", settings: dict | None = None, held_out: Images | None = None,
+    roi: Tensor | None = None,
 ) -> list[Scorer]:  # fmt: skip
     """`Scorer.fit` for each of the options, with one pass of the images through the network.
 
     Args:
         held_out: good images that are not among `images`; the calibration is theirs then.
+        roi: bool (H,W) of the map size.
     """
     model.eval()
     latents = Latents(model, images)
+    roi = None if roi is None else roi.to(latents.device)
     statistics = Statistics.of(latents, any(option.score == "bank" for option in options))
     zero = tuple(torch.zeros_like(t) for t in statistics.mean)
     mean = zero if template == "zero" else statistics.mean
     scorers = []
     for option in options:
         scorer = Scorer(model, mean, class_name=class_name, settings=settings or {})
+        scorer.image_score, scorer.roi = option.image_score, roi
         chosen = make_bank(scorer, latents, statistics, option) if option.score == "bank" else []
         if len(images) > 1 and not held_out:
             scorer.calibration = calibrate(scorer, latents, chosen, template == "mean")
@@ -434,7 +450,7 @@ def fit_all(
     if held_out:
         found = score_all(scorers, held_out, "held-out images")
         for scorer, scored in zip(scorers, found, strict=True):
-            scorer.calibration = replace(distribution(scored), held_out=True)
+            scorer.calibration = replace(distribution(scored, roi), held_out=True)
     rate = (settings or {}).get("falseAlarm")
     for scorer in scorers:
         if scorer.calibration is not None and is_rate(rate):
@@ -608,11 +624,11 @@ def calibrate(
     place = torch.full((count,), -1)
     place[chosen] = 1 + torch.arange(len(chosen))
     factor = count / (count - 1) if template_is_mean else 1.0
-    parts = [empty_scores(latents.device)]
+    parts = [scorer.empty_scores()]
     for indices, levels in latents:
         left_out = place[indices].to(latents.device) if chosen else None
         parts.append(scorer.score_latents(levels, left_out, factor))
-    return distribution(collect(parts, count))
+    return distribution(collect(parts, count), scorer.roi)
 
 
 @dataclass
@@ -632,24 +648,16 @@ class TestSet:
 
     @classmethod
     def load(
-        cls, data: AnomalyClass, config: PyramidFlowConfig, cache: str, num_workers: int, device: torch.device
+        cls, data: AnomalyClass, config: PyramidFlowConfig, cache: str, num_workers: int, device: torch.device,
+        roi: Tensor | None = None,
     ) -> TestSet:  # fmt: skip
         paths = [image.path for image in data.test]
         images = Images(paths, config.image_size, cache, device, num_workers, "test images")
-        truth = GroundTruth.from_masks(data.defective, load_masks(data, num_workers), device)
-        return cls(data, images, truth)
+        masks = load_masks(data, num_workers, config.map_size)
+        return cls(data, images, GroundTruth.from_masks(data.defective, masks, device, roi))
 
 
 # ---------------------------------------------------------------------------------- checkpoints
-
-
-def start_on(gpu: str) -> torch.device:
-    """The device of --gpu; if it is the CPU because there is no CUDA, the reason is printed."""
-    device = choose_device(gpu)
-    for line in without_cuda(device, gpu):
-        print(line, flush=True)
-    keep_freed_memory()
-    return device
 
 
 def find_checkpoint(path: Path | str) -> Path:
@@ -735,13 +743,17 @@ def require(condition: bool, problem: str) -> None:
 def read_config(given: dict) -> PyramidFlowConfig:
     """What `PyramidFlowConfig.to_dict` gave."""
     names = {item.name for item in fields(PyramidFlowConfig)}
-    require(isinstance(given, dict) and given.keys() == names, "not a configuration")
-    require(len(given["image_size"]) == 2, "image size")
-    for value in (*given.values(), *given["image_size"]):
+    known = isinstance(given, dict) and names - {"map_size"} <= given.keys() <= names
+    require(known, "not a configuration")  # those without a map size have the default
+    config = PyramidFlowConfig(**given)
+    for size in (config.image_size, config.map_size):
+        right = len(size) == 2 and all(type(n) is int and n >= 1 for n in size)
+        require(right, f"configuration value {size!r}")
+    for value in (*given.values(), *config.image_size, *config.map_size):
         usual = isinstance(value, (str, bool, int, list))
         small = not isinstance(value, int) or value <= LARGEST
         require(usual and small, f"configuration value {value!r}")
-    return PyramidFlowConfig(**given)
+    return config
 
 
 def read_model(config: PyramidFlowConfig, state_dict: dict[str, Tensor]) -> PyramidFlow:

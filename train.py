@@ -52,6 +52,7 @@ from dataset import (
     recognize,
     training_order,
 )
+from fit import add_score_flags, check_score_flags, options_of_flags, region_of_flags, with_map_size
 from metrics import (
     METRICS,
     TABLE_METRICS,
@@ -76,12 +77,8 @@ from model import (
 )
 from scorer import (
     LAST_FILE,
-    ScoreOptions,
     Scorer,
     TestSet,
-    add_score_flags,
-    check_score_flags,
-    empty_scores,
     fit_all,
     load_checkpoint,
     save_checkpoint,
@@ -129,7 +126,7 @@ STATE_FILE, RESULT_FILE = "state.pt", "result.json"
 STEPS_BETWEEN_LOOKS = 50  # at the loss, for which the host waits on CUDA
 FIRST_LOOKS = (1, 10)  # after the step that prepares much, and when the log says how long the run takes
 # Flags that came after the first trainings: what these wrote lacks them, and has their defaults.
-ADDED_FLAGS = ("good", "bad", "masks", "holdout", "falseAlarm")
+ADDED_FLAGS = ("good", "bad", "masks", "holdout", "falseAlarm", "imageScore", "mapSize", "roi")
 
 # The official program's choices by class, where a flag says auto.
 AUTO_NUM_LAYER = {"metal_nut": 8, "carpet": 8, "transistor": 8, "screw": 2}
@@ -176,7 +173,9 @@ def train_class(args: Namespace, device: torch.device, stored: dict | None = Non
     train_set = Images(
         data.train, config.image_size, args.cache, device, args.numWorkers, "training images"
     )
-    test_set = TestSet.load(data, config, args.cache, args.numWorkers, device)
+    test_set = TestSet.load(
+        data, config, args.cache, args.numWorkers, device, region_of_flags(args, config)
+    )
     held_out = Images(
         data.held_out, config.image_size, args.cache, device, args.numWorkers, "held-out images"
     )
@@ -261,13 +260,15 @@ def evaluate(
     Raises:
         DivergedError: a score is not finite.
     """
-    options = [ScoreOptions(), ScoreOptions.from_flags(args)][args.score == "paper" :]
+    options, roi = options_of_flags(args).with_papers, test_set.truth.roi
     with clock.part("template"):
-        scorers = fit_all(model, train_set, options, args.template, args.cls[0], vars(args), held_out)
+        scorers = fit_all(
+            model, train_set, options, args.template, args.cls[0], vars(args), held_out, roi
+        )
     if not len(test_set.images):
         for option, scorer in zip(options, scorers, strict=True):
             scorer.metrics = {"score": option.score, **asdict(Metrics())}
-        return [(scorer, empty_scores(scorer.device)) for scorer in scorers]
+        return [(scorer, scorer.empty_scores()) for scorer in scorers]
     with clock.part("test"):
         scored = score_all(scorers, test_set.images)
     for option, scorer, (maps, scores) in zip(options, scorers, scored, strict=True):
@@ -707,7 +708,7 @@ def remarks(args, config: PyramidFlowConfig, data: AnomalyClass, device, augment
     lines += without_cuda(device, args.gpu)
     if not data.test:
         lines.append(
-            f"class {data.name}: no test images: no metrics can be had, thresholds come of good images alone"
+            f"class {data.name}: no test images: no metrics can be had, thresholds come from good images alone"
         )
     elif not any(not image.defective for image in data.test):
         lines.append(f"class {data.name}: no good test images; --holdout 0.2 gives some")
@@ -970,7 +971,7 @@ def model_config(args: Namespace) -> PyramidFlowConfig:
     if volume_norm == "auto":
         volume_norm = "SVN" if name in AUTO_SVN else "CVN"
     try:
-        return PyramidFlowConfig(
+        config = PyramidFlowConfig(
             encoder=args.encoder,
             encoder_bn=args.encoderBN,
             num_level=int(num_layer),
@@ -982,6 +983,7 @@ def model_config(args: Namespace) -> PyramidFlowConfig:
             contrast=args.contrast,
             save_memory=args.saveMemory,
         )
+        return with_map_size(config, args.mapSize)
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -1063,7 +1065,7 @@ def resumed_arguments(stored: dict, argv: list[str] | None) -> Namespace:
     folder = Path(given["resume"])
     for name, value in given.items():
         same = value == stored[name] or (name == "precision" and value == "auto")
-        if name == "imageSize":  # one number means a square
+        if name in ("imageSize", "mapSize"):  # one number means a square
             same = (value[0], value[-1]) == (stored[name][0], stored[name][-1])
         if name not in FREE_ON_RESUME and not same:
             raise InputError(
@@ -1137,7 +1139,9 @@ def initialize(model: PyramidFlow, checkpoint: str | None) -> None:
         return
     other = Scorer.load(Path(checkpoint)).model
     mine, theirs = asdict(model.config), asdict(other.config)
-    differing = [f"{k} {theirs[k]}" for k in mine if k != "save_memory" and mine[k] != theirs[k]]
+    differing = [
+        f"{k} {theirs[k]}" for k in mine if k not in ("save_memory", "map_size") and mine[k] != theirs[k]
+    ]
     if differing:
         raise InputError(f"--init {checkpoint}: it has {', '.join(differing)}; set the flags alike")
     model.load_state_dict(other.state_dict())

@@ -1,6 +1,6 @@
 """From scores to decisions: thresholds that good images give, and the verdict on an image of any size.
 
-maps (N,256,256) and scores (N,) of good images -> Calibration -> Thresholds
+maps (N,H,W) and scores (N,) of good images -> Calibration -> Thresholds
 image -> its map and score, by `scorer.Scorer` or `export.OnnxScorer` -> Inspection, with its defects
 """
 
@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dataset import MASK_SIZE, read_image
+from dataset import read_image
 from metrics import sorted_scores
 from util import InputError, fraction
 
@@ -34,7 +35,7 @@ Picture = np.ndarray | str | Path  # uint8 (h,w), (h,w,3) or (h,w,4), or a file
 
 
 class Scored(NamedTuple):
-    """Anomaly maps (N,256,256), and the images' scores (N,)."""
+    """Anomaly maps (N,H,W), and the images' scores (N,)."""
 
     maps: Tensor
     scores: Tensor
@@ -153,9 +154,10 @@ class Calibration:
         return float(np.interp(quantile, LEVELS, self.pixel_scores))
 
 
-def distribution(scored: Scored) -> Calibration:
-    """What there is to know about the scores of good images."""
-    pixels = sorted_scores(scored.maps.flatten()).cpu().numpy()
+def distribution(scored: Scored, roi: Tensor | None = None) -> Calibration:
+    """What there is to know about the scores of good images, of pixels inside of `roi`, bool (H,W)."""
+    maps = scored.maps if roi is None else scored.maps[:, roi]
+    pixels = sorted_scores(maps.flatten()).cpu().numpy()
     places = LEVELS * (len(pixels) - 1)
     below, above = np.floor(places).astype(int), np.ceil(places).astype(int)
     pixel_scores = pixels[below] + (places - below) * (pixels[above] - pixels[below])
@@ -289,8 +291,14 @@ class Inspection:
 class Inspector:
     """What a `scorer.Scorer` and an `export.OnnxScorer` do alike.
 
-    Both have image_size, metrics, calibration and `score`.
+    Both have image_size, map_size, roi, metrics, calibration and `score`.
     """
+
+    def region(self, roi: Picture | None) -> np.ndarray | None:
+        """bool of any size: the given one by `read_roi`, else the one it was fitted with, if any."""
+        if roi is not None:
+            return read_roi(roi)
+        return None if self.roi is None else self.roi.cpu().numpy()
 
     def inspect(
         self, images: Picture | Sequence[Picture], thresholds: Thresholds | None = None, min_area: int = 1,
@@ -302,7 +310,7 @@ class Inspector:
             images: of any size.
             thresholds: None: those of `choose_thresholds("quantile")`.
             min_area: regions of fewer pixels are no defects.
-            roi: white where the part is; what lies outside does not count.
+            roi: white where the part is; what lies outside does not count.  None: as it was fitted.
             batch_size: images that are scored together.
 
         Raises:
@@ -311,7 +319,7 @@ class Inspector:
         if not isinstance(images, (list, tuple)):
             return self.inspect([images], thresholds, min_area, roi)[0]
         thresholds = thresholds or choose_thresholds("quantile", self.metrics, self.calibration)
-        roi, results = None if roi is None else read_roi(roi), []
+        roi, results = self.region(roi), []
         for start in range(0, len(images), batch_size):
             batch = [to_rgb(image) for image in images[start : start + batch_size]]
             resized = [resize_image(image, self.image_size) for image in batch]
@@ -323,7 +331,7 @@ class Inspector:
     def score_arrays(
         self, images: Sequence[np.ndarray], names: Sequence, roi: np.ndarray | None
     ) -> list[tuple[np.ndarray, float]]:
-        """(map (256,256), score) of each image, uint8 (h,w,3) of the model's size.
+        """(map (H,W), score) of each image, uint8 (h,w,3) of the model's size.
 
         Args:
             names: of the images, for messages.
@@ -332,7 +340,7 @@ class Inspector:
         Raises:
             InputError: a score is not finite.
         """
-        inside = None if roi is None else torch.from_numpy(resize_roi(roi, MASK_SIZE))
+        inside = None if roi is None else torch.from_numpy(resize_roi(roi, self.map_size))
         maps, scores = (x.cpu().numpy() for x in self.score(torch.from_numpy(np.stack(images)), inside))
         for name, anomaly, score in zip(names, maps, scores, strict=True):
             if not (np.isfinite(anomaly).all() and np.isfinite(score)):
@@ -343,6 +351,8 @@ class Inspector:
 def to_rgb(image: Picture) -> np.ndarray:
     """uint8 (h,w,3) of an array or a file; raises InputError if it is no image."""
     if isinstance(image, (str, Path)):
+        if Path(image).is_dir():
+            raise InputError(f"{image} is a folder; give an image in it")
         return read_image(Path(image))
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)):
@@ -354,20 +364,27 @@ def to_rgb(image: Picture) -> np.ndarray:
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 (h,w,3) -> (*size,3), as training images are resized; float32 (h,w) -> `size`."""
+    """uint8 (h,w,3) -> (*size,3), as training images are resized."""
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """float32 (B,H,W) -> (B,*size)."""
+    if maps.shape[-2:] == size:
+        return maps
+    return F.interpolate(maps[:, None], size, mode="bilinear", antialias=True)[:, 0]
 
 
 def judge(
     anomaly: np.ndarray, score: float, size: tuple[int, int], thresholds: Thresholds, min_area: int = 1,
     roi: np.ndarray | None = None,
 ) -> Inspection:  # fmt: skip
-    """The verdict on an image of size (h, w), of its map (256,256) and score.
+    """The verdict on an image of size (h, w), of its map (H,W) and score.
 
     Args:
         roi: bool of any size; outside, the map gets its lowest score.
     """
-    values = resize_image(anomaly, size)
+    values = resize_maps(torch.from_numpy(anomaly)[None], size)[0].numpy()
     mask, peak = values >= np.float32(thresholds.pixel), values.argmax()
     if roi is not None:
         inside = resize_roi(roi, size)
@@ -417,5 +434,5 @@ def read_roi(roi: Picture) -> np.ndarray:
 
 def resize_roi(roi: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """bool of any size -> `size`; what is not empty does not become empty."""
-    resized = resize_image(roi.astype(np.float32), size)  # 8 bits would lose what is small
+    resized = resize_maps(torch.from_numpy(roi)[None].float(), size)[0].numpy()
     return resized >= min(0.5, resized.max())
