@@ -50,7 +50,6 @@ from verdict import (
     distribution,
     is_rate,
     named_thresholds,
-    resize_maps,
 )
 
 FORMAT, VERSION = "PyramidFlow checkpoint", 3
@@ -380,6 +379,13 @@ def collect(parts: Sequence[Scored], count: int) -> Scored:
     if not all(map(all_finite, found)):
         raise DivergedError("anomaly maps are no longer finite")
     return found
+
+
+def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B,H,W) -> (B,*size), where maps and masks meet."""
+    if maps.shape[-2:] == size:
+        return maps
+    return F.interpolate(maps[:, None], size, mode="bilinear", antialias=True)[:, 0]
 
 
 def image_scores(maps: Tensor, kind: str, roi: Tensor | None = None) -> Tensor:

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -364,15 +363,15 @@ def to_rgb(image: Picture) -> np.ndarray:
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 (h,w,3) -> (*size,3), as training images are resized."""
+    """uint8 (h,w,3) -> (*size,3), as training images are resized; float32 (h,w) -> `size`."""
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
-def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """float32 (B,H,W) -> (B,*size)."""
-    if maps.shape[-2:] == size:
-        return maps
-    return F.interpolate(maps[:, None], size, mode="bilinear", antialias=True)[:, 0]
+def round_off(values: np.ndarray) -> np.ndarray:
+    """float32 to 16 significant bits, so that files of maps are a quarter smaller, and written as much faster."""
+    bits = values.view(np.uint32) + np.uint32(0x80)
+    bits &= np.uint32(0xFFFFFF00)
+    return bits.view(np.float32)
 
 
 def judge(
@@ -384,7 +383,7 @@ def judge(
     Args:
         roi: bool of any size; outside, the map gets its lowest score.
     """
-    values = resize_maps(torch.from_numpy(anomaly)[None], size)[0].numpy()
+    values = round_off(resize_image(anomaly, size))
     mask, peak = values >= np.float32(thresholds.pixel), values.argmax()
     if roi is not None:
         inside = resize_roi(roi, size)
@@ -434,5 +433,5 @@ def read_roi(roi: Picture) -> np.ndarray:
 
 def resize_roi(roi: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """bool of any size -> `size`; what is not empty does not become empty."""
-    resized = resize_maps(torch.from_numpy(roi)[None].float(), size)[0].numpy()
+    resized = resize_image(roi.astype(np.float32), size)  # 8 bits would lose what is small
     return resized >= min(0.5, resized.max())
