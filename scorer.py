@@ -50,6 +50,7 @@ from verdict import (
     distribution,
     is_rate,
     named_thresholds,
+    require,
 )
 
 FORMAT, VERSION = "PyramidFlow checkpoint", 3
@@ -739,11 +740,6 @@ def lay_out(templates: Tensor) -> Tensor:
 
 
 # What a file holds can be anything.  Each of these gives it back, or raises a ValueError that names it.
-
-
-def require(condition: bool, problem: str) -> None:
-    if not condition:
-        raise ValueError(problem)
 
 
 def read_config(given: dict) -> PyramidFlowConfig:

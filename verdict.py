@@ -40,6 +40,12 @@ class Scored(NamedTuple):
     scores: Tensor
 
 
+def require(condition: bool, problem: str) -> None:
+    """Of what a file holds: raises ValueError unless it is so."""
+    if not condition:
+        raise ValueError(problem)
+
+
 # ---------------------------------------------------------------------------------- thresholds
 
 
@@ -72,18 +78,16 @@ class Calibration:
     def from_dict(cls, given: object) -> Calibration:
         """Raises ValueError unless `given` is what `dataclasses.asdict` gives."""
         names, more = {"image_scores", "pixel_scores"}, {"held_out", "false_alarm"}
-        if not isinstance(given, dict) or not names <= given.keys() <= names | more:
-            raise ValueError("not a calibration")
-        rate = given.get("false_alarm", FALSE_ALARM)
-        if type(given.get("held_out", False)) is not bool or not is_rate(rate):
-            raise ValueError("no false-alarm rate")
+        known = isinstance(given, dict) and names <= given.keys() <= names | more
+        require(known, "not a calibration")
+        require(type(given.get("held_out", False)) is bool, "no held-out images, nor a false-alarm rate")
+        require(is_rate(given.get("false_alarm", FALSE_ALARM)), "no false-alarm rate")
         for scores in (given[name] for name in names):
-            if not (isinstance(scores, list) and scores and all(isinstance(x, float) for x in scores)):
-                raise ValueError("not a list of scores")
-            if not np.isfinite(scores).all() or (np.diff(scores) < 0).any():
-                raise ValueError("scores that are not ascending")
-        if len(given["pixel_scores"]) != len(LEVELS):
-            raise ValueError("wrong number of scores")
+            is_list = isinstance(scores, list) and scores and all(isinstance(x, float) for x in scores)
+            require(is_list, "not a list of scores")
+            ascending = np.isfinite(scores).all() and (np.diff(scores) >= 0).all()
+            require(ascending, "scores that are not ascending")
+        require(len(given["pixel_scores"]) == len(LEVELS), "wrong number of scores")
         return cls(**given)
 
     def thresholds(
@@ -129,16 +133,14 @@ class Calibration:
         count, quantile = len(self.image_scores), 1 - self.false_alarm
         line = f"image threshold {self.thresholds().image:.4g}, for a false-alarm rate of {self.false_alarm:.3g}: "
         if not self.held_out:
-            return line + (
-                f"a quantile of {count} training images, which the weights have seen; new good images score a "
-                "little higher: --holdout 0.2 tells how many are called defective"
-            )
+            line += f"a quantile of {count} training images, which the weights have seen; new good images score a "
+            return line + "little higher: --holdout 0.2 tells how many are called defective"
         rank = self.rank(quantile)
         mean, low, high = self.expected_false_alarms(min(rank, count))
         line += (
             f"expect {mean:.1%} of new good images to be called defective (95 % interval {low:.1%} to "
-            f"{high:.1%}), by {count} held-out ones"
         )
+        line += f"{high:.1%}), by {count} held-out ones"
         if rank > count:
             needed = math.ceil(quantile / (1 - quantile) - 1e-9)
             line += f", which are too few: it is their largest score; hold out {needed}"
@@ -186,10 +188,8 @@ def choose_thresholds(
     """
     if choice in ("quantile", "none"):
         if calibration is None:
-            raise InputError(
-                "the checkpoint has no scores of good images; fit it on at least two, or use --threshold f1 "
-                "or a number"
-            )
+            remedy = "fit it on at least two, or use --threshold f1 or a number"
+            raise InputError(f"the checkpoint has no scores of good images; {remedy}")
         return calibration.no_false_alarm() if choice == "none" else calibration.thresholds(*quantiles)
     if choice in ("f1", "recall"):
         name = "image_threshold" if choice == "f1" else "image_recall_threshold"
@@ -200,13 +200,10 @@ def choose_thresholds(
                 "lacks; use --threshold quantile or a number"
             )
         return Thresholds(image if pixel is None else pixel, image)
-    try:
-        value = float(choice)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise InputError(f"--threshold {choice}: use quantile, none, f1, recall or a number")
-    return Thresholds(value, value)
+    with contextlib.suppress(ValueError):
+        if math.isfinite(value := float(choice)):
+            return Thresholds(value, value)
+    raise InputError(f"--threshold {choice}: use quantile, none, f1, recall or a number")
 
 
 def add_threshold_flags(parser: argparse._ActionsContainer) -> None:
@@ -231,15 +228,14 @@ def thresholds_of_flags(args: argparse.Namespace, scorer: Inspector) -> Threshol
 
 def named_thresholds(metrics: dict, calibration: Calibration | None) -> dict[str, dict]:
     """Pixel and image threshold of each choice of `choose_thresholds` that can be had, and what it means."""
-    rate = FALSE_ALARM if calibration is None else calibration.false_alarm
-    good = "held-out" if calibration is not None and calibration.held_out else "training"
-    meanings = {
-        "quantile": f"a share of {rate:g} of good images is called defective, by {good} images",
-        "none": f"no false alarm on {good} images",
-        "f1": "best F1 on the test images",
-        "recall": "no defective test image is missed",
-    }
-    named = {}
+    meanings, named = (
+        {"f1": "best F1 on the test images", "recall": "no defective test image is missed"},
+        {},
+    )
+    if calibration is not None:
+        good, rate = "held-out" if calibration.held_out else "training", calibration.false_alarm
+        share = f"a share of {rate:g} of good images is called defective, by {good} images"
+        meanings = {"quantile": share, "none": f"no false alarm on {good} images", **meanings}
     for choice, meaning in meanings.items():
         with contextlib.suppress(InputError):
             thresholds = choose_thresholds(choice, metrics, calibration)

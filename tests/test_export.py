@@ -346,6 +346,9 @@ def with_metadata(proto, **changes):
         {"metrics": {"image_threshold": "x"}},
         {"metrics": None},
         {"calibration": {"x": 1}},
+        {"roi": "zz"},
+        {"roi": "00"},
+        {"roi": True},
     ],
 )
 def test_metadata_that_do_not_fit_the_graph_are_refused(tmp_path, run_main, changes):

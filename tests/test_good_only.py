@@ -125,7 +125,9 @@ def test_keys_of_trainings_stay():
     key = reproduce.training_key(flags)
     assert key == "af98193f"
     assert reproduce.training_key([*flags, "--holdout", "auto", "--falseAlarm", "0.05"]) == key
-    assert reproduce.training_key([*flags, "--holdout", "0.2"]) != key
+    assert reproduce.training_key([*flags, "--mapSize", "256", "--imageScore", "max"]) == key
+    for other in (["--holdout", "0.2"], ["--mapSize", "native"], ["--imageScore", "top"]):
+        assert reproduce.training_key([*flags, *other]) != key
 
 
 # --------------------------------------------------------------------------------- any folders
