@@ -582,6 +582,7 @@ def _load_all(numbers: list[int], seed: int, place: Path, kind: tuple, answers: 
         sys.stdout = sys.stderr = open(noise, "w", buffering=1)  # noqa: SIM115
         import resource  # not on Windows
 
+        util.quiet_pillow()
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + 3 * MOST_MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
