@@ -72,6 +72,7 @@ class DivergedError(InputError):
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main; what the user can mend becomes one line on stderr and an exit code."""
+    quiet_pillow()
     try:
         main()
         if sys.stdout is not None:
@@ -90,6 +91,11 @@ def run_script(main: Callable[[], None]) -> None:
         _fail(f"error: {error}", 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+
+
+def quiet_pillow() -> None:
+    """Pillow warns of oddities in a file, which do not matter if it can be read, and are an error if not."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _leave_stdout() -> None:
