@@ -48,11 +48,7 @@ from util import (
 )
 from verdict import read_roi, resize_roi
 
-UNCHANGED = {
-    "score": None,
-    "imageScore": None,
-    "mapSize": None,
-}  # defaults where a checkpoint has its own
+UNCHANGED = {"score": None, "imageScore": None, "mapSize": None}  # where a checkpoint has its own
 
 
 def main() -> None:
@@ -117,12 +113,6 @@ def describe(scorer: Scorer, count: int, asked: ScoreOptions, out: Path) -> str:
 
 
 # ------------------------------------------------------------------- what other commands share
-
-UNCHANGED = {
-    "score": None,
-    "imageScore": None,
-    "mapSize": None,
-}  # defaults where a checkpoint has its own
 
 
 def start_on(gpu: str) -> torch.device:
