@@ -188,12 +188,14 @@ def load_encoder_weights(model: PyramidFlow, state_dict: dict[str, Tensor]) -> N
     """Fill the ResNet stem from a state dict with torchvision's names; further entries are ignored.
 
     Raises:
-        ValueError: an entry is missing, has another shape, or belongs to a deeper network.
+        ValueError: an entry is missing, has another shape, is not finite, or belongs to a deeper network.
     """
     encoder, own = model.config.encoder, model.stem.state_dict()
     parts = {"0": "conv1", "1": "bn1", "4": "layer1"}
     names = {ours: parts[ours[0]] + ours[1:] for ours in own}
     for name in state_dict:
+        if not isinstance(name, str):
+            raise ValueError(f"entry {name!r:.20} has no name")
         if name.split(".")[0] in parts.values() and name not in names.values():
             raise ValueError(f"entry {name} does not belong to a {encoder}")
     for ours, name in names.items():
@@ -202,11 +204,13 @@ def load_encoder_weights(model: PyramidFlow, state_dict: dict[str, Tensor]) -> N
             continue  # files from before 2018 lack it, and nothing reads it
         if name not in state_dict:
             raise ValueError(f"no entry {name}")
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_meta or x.is_quantized:
             raise ValueError(f"entry {name} is not a tensor")
         if x.shape != own[ours].shape:
             shapes = f"{tuple(x.shape)}, {encoder} needs {tuple(own[ours].shape)}"
             raise ValueError(f"entry {name} has shape {shapes}")
+        if own[ours].is_floating_point() and not (x.is_floating_point() and x.isfinite().all()):
+            raise ValueError(f"entry {name} has values that are not finite numbers")
         own[ours] = x
     model.stem.load_state_dict(own)
 

@@ -34,7 +34,14 @@ import torch
 from PIL import Image
 
 import report
-from dataset import IMAGE_SUFFIXES, list_images, look_ahead, read_image
+from dataset import (
+    IMAGE_SUFFIXES,
+    WORKING_COPIES,
+    decoded_bytes,
+    list_images,
+    look_ahead,
+    read_image,
+)
 from export import OnnxScorer
 from figures import file_name, overlay, to_picture, write_png, write_tiff
 from fit import count_images, start_on
@@ -67,6 +74,7 @@ SCORE_COLUMNS = (
 )  # fmt: skip
 DEFECT_COLUMNS = ("image", "number", "x0", "y0", "x1", "y1", "area", "peak_score", "mean_score")
 KINDS = {"overlays": ".png", "masks": ".png", "maps": ".tiff"}
+WRITERS = 2  # threads: each holds an image of its own size several times
 MARKER = "predict.json"  # in a folder of results: what they are results of, and whether all are there
 ROWS = "rows.jsonl"  # beside it, the rows of the images that are done, until all are
 
@@ -317,6 +325,8 @@ class Results:
 
     def _begin(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
+        for unfinished in self.out.glob(f".{MARKER}.*.tmp"):  # of a command that was killed at once
+            unfinished.unlink()
         if any(self.out.iterdir()):
             hint = ", or add --resume" if (self.out / MARKER).is_file() else ""
             raise InputError(f"--out {self.out} is not empty; choose a new folder{hint}")
@@ -431,8 +441,9 @@ def scored(
         InputError: a score is not finite.
     """
     ahead = look_ahead(
-        lambda item: load(item, scorer.image_size), items, 2 * args.batchSize, args.numWorkers
-    )
+        lambda item: load(item, scorer.image_size), items, 2 * args.batchSize, args.numWorkers,
+        lambda item: WORKING_COPIES * decoded_bytes(item.path),
+    )  # fmt: skip
     bar = iter(progress(ahead, "images", len(items), unit=" images"))
     while loaded := list(itertools.islice(bar, args.batchSize)):
         unreadable += [image.error for image in loaded if image.error]
@@ -457,7 +468,7 @@ class Writer:
         self._out, self._write, self._thresholds = args.out, args.write, thresholds
         self._min_area, self._roi, self._results = args.minArea, roi, results
         self._small_roi = None if roi is None else resize_roi(roi, scorer.map_size)
-        self._pool, self._writing = ThreadPoolExecutor(), []
+        self._pool, self._writing = ThreadPoolExecutor(WRITERS), []
         self._scale = (0.0, 2 * abs(thresholds.pixel) + 1e-12)
         if scorer.calibration:
             self._scale = scorer.calibration.color_scale()

@@ -341,7 +341,7 @@ class Scorer(Inspector):
             model, templates, num_typical,
             None if sigma is None else read_sigma(config, sigma), smooth, image_score, roi,
             None if calibration is None else Calibration.from_dict(calibration),
-            read_metrics(content["metrics"]), str(content["class"]), dict(content["settings"]),
+            read_metrics(content["metrics"]), read_text(content["class"]), dict(content["settings"]),
         )  # fmt: skip
 
     def to(self, device: torch.device, precision: str) -> Scorer:
@@ -817,6 +817,13 @@ def read_sigma(config: PyramidFlowConfig, given: list[Tensor]) -> Tensors:
     sigma = tuple(read_tensor(s, (config.channels,), torch.float32, "whitening") for s in given)
     require(all((s > 0).all() for s in sigma), "whitening that is not positive")
     return sigma
+
+
+def read_text(given: str) -> str:
+    """Raises ValueError unless `given` is a text."""
+    if not isinstance(given, str):
+        raise ValueError("class name")
+    return given
 
 
 def read_metrics(given: dict) -> dict:

@@ -26,6 +26,10 @@ from util import InputError, fraction
 PIXEL_QUANTILE, FALSE_ALARM, LOWEST_RATE = 0.999, 0.05, 1e-4
 IMAGE_QUANTILE = None  # of good images: the rest is the false-alarm rate that was chosen in training
 INTERVAL = (0.025, 0.975)
+LOWEST, HIGHEST = (
+    float(np.finfo(np.float32).tiny),
+    1e30,
+)  # of thresholds, and of scores that mean something
 COLOR_QUANTILE = 0.999  # of good pixels; twice that score has the scale's highest color
 # Where the distribution of pixel scores is stored: every percent, and ever finer towards the highest.
 LEVELS = np.concatenate([np.linspace(0, 0.99, 100), 1 - np.logspace(-2, -6, 41)[1:], [1.0]])
@@ -105,7 +109,8 @@ class Calibration:
             image = self.image_scores[min(self.rank(quantile), len(self.image_scores)) - 1]
         else:
             image = float(np.quantile(self.image_scores, quantile))
-        return Thresholds(self._pixel_score(pixel_quantile), image)
+        # Of images that are all alike scores are 0, which is not defective.
+        return Thresholds(*(max(x, LOWEST) for x in (self._pixel_score(pixel_quantile), image)))
 
     def rank(self, quantile: float) -> int:
         """ceil((n+1)q), at least 1; n + 1 if there are too few images for it."""
@@ -338,7 +343,7 @@ class Inspector:
         inside = None if roi is None else torch.from_numpy(resize_roi(roi, self.map_size))
         maps, scores = (x.cpu().numpy() for x in self.score(torch.from_numpy(np.stack(images)), inside))
         for name, anomaly, score in zip(names, maps, scores, strict=True):
-            if not (np.isfinite(anomaly).all() and np.isfinite(score)):
+            if not (np.abs(anomaly).max() < HIGHEST and abs(score) < HIGHEST):  # false of NaN, too
                 raise InputError(f"{name}: no finite score; use another model")
         return list(zip(maps, scores.tolist(), strict=True))
 

@@ -83,7 +83,7 @@ COUNTS = {
     "files": 1200,
     "images": 58,
     "silence": 27,
-    "surroundings": 12,
+    "surroundings": 13,
     "tables": 4,
 }
 HANG_S, LIMIT_S = 10, 300  # of one file, of one command

@@ -575,6 +575,11 @@ def test_encoder_weights_are_taken_by_torchvisions_names():
         load_encoder_weights(model, {**state, "conv1.weight": torch.zeros(64, 1, 7, 7)})
     with pytest.raises(ValueError, match=r"layer1\.2\.conv1\.weight does not belong to a resnet18"):
         load_encoder_weights(model, {**state, "layer1.2.conv1.weight": torch.zeros(1)})
+    for odd in (torch.full((64, 3, 7, 7), torch.nan), torch.zeros(64, 3, 7, 7, dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r"entry conv1\.weight has values that are not finite"):
+            load_encoder_weights(model, {**state, "conv1.weight": odd})
+    with pytest.raises(ValueError, match="has no name"):
+        load_encoder_weights(model, {**state, 3: torch.zeros(1)})
     with pytest.raises(ValueError, match=r"entry bn1\.bias is not a tensor"):
         load_encoder_weights(model, {**state, "bn1.bias": 3})
     del state["layer1.0.conv1.weight"]

@@ -493,3 +493,8 @@ def test_without_thresholds_there_is_no_verdict(trained):
     assert loaded.inspect(image, Thresholds(0.0, 0.0)).defective
     with pytest.raises(InputError, match="all black"):
         loaded.inspect(image, Thresholds(0.0, 0.0), roi=np.zeros((4, 4), bool))
+
+
+def test_images_that_are_all_alike_are_not_defective():
+    thresholds = Calibration([0.0] * 4, [0.0] * len(LEVELS)).thresholds()
+    assert 0 < thresholds.pixel == thresholds.image < 1e-30
