@@ -62,7 +62,7 @@ MVTEC_TEXTURES = ("carpet", "grid", "leather", "tile", "wood")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 # What a file may hold, whatever its suffix: pictures, and nothing that an interpreter runs, such as EPS.
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "GIF")
-MASK_SIZE = (256, 256)  # the official program evaluates at this size whatever the input's
+MASK_SIZE = (256, 256)  # the official program's, whatever the images' is
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 

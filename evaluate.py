@@ -4,8 +4,9 @@
     python evaluate.py saveDir/screw-.../last.pt --score bank --numTemplate 64   # no training
     python evaluate.py saveDir/tile-.../last.pt --datapath my_parts --cls line2 --anyClass
 
-Results go to a new folder --out/<cls>-<date-time>/.  With --score, templates and thresholds are made anew of
-the class's good training images, and scorer.pt there holds them for predict.py and export.py.
+Results go to a new folder --out/<cls>-<date-time>/.  With --score, --imageScore, --mapSize or --roi, templates and
+thresholds are made anew from the class's good training images, and scorer.pt there holds them for predict.py and
+export.py.
 """
 
 from __future__ import annotations
@@ -14,33 +15,33 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 import figures
 import report
 from dataset import CACHES, DATASETS, AnomalyClass, Images, hold_out, open_class
-from metrics import PRO_LIMIT, evaluate_maps, result_table
-from scorer import (
-    ScoreOptions,
-    Scorer,
-    TestSet,
+from fit import (
+    UNCHANGED,
+    add_checkpoint,
     add_score_flags,
     check_score_flags,
-    find_checkpoint,
-    fit_all,
-    score_all,
+    finite_scores,
+    options_of_flags,
+    refit,
+    start_on,
 )
+from metrics import PRO_LIMIT, evaluate_maps, result_table
+from scorer import Scorer, TestSet, find_checkpoint, score_all
 from util import (
     InputError,
     Parser,
     add_running_flags,
     check_writable,
-    choose_device,
     create_run_folder,
     describe_environment,
-    keep_freed_memory,
     number,
     run_script,
     start_log,
-    without_cuda,
     write_csv,
     write_json,
 )
@@ -48,24 +49,19 @@ from util import (
 
 def main() -> None:
     args = parse_arguments()
-    device = choose_device(args.gpu)
-    for line in without_cuda(device, args.gpu):
-        print(line, flush=True)
-    keep_freed_memory()
+    device = start_on(args.gpu)
     check_writable(args.out, "--out")
     args.checkpoint = find_checkpoint(args.checkpoint)
     stored = Scorer.load(args.checkpoint, device, args.precision)
-    name = args.cls or stored.class_name
-    if name != stored.class_name and not args.anyClass:
-        raise InputError(
-            f"{args.checkpoint} is of class {stored.class_name}, not {name}; leave --cls out, or add "
-            "--anyClass if both are the same kind of thing"
-        )
-    data = open_class(args.datapath, name, args.dataset, need_train=args.score is not None)
+    name = choose_class(args, stored)
+    anew = any((args.score, args.imageScore, args.mapSize, args.roi))
+    data = open_class(args.datapath, name, args.dataset, need_train=anew)
     data = hold_out(data, *(stored.settings.get(key) for key in ("holdout", "seed")))
-    scorers = [stored] if args.score is None else refit(stored, data, args)
-    test_set = TestSet.load(data, stored.config, args.cache, args.numWorkers, device)
-    scored = score_all(scorers, test_set.images)
+    with finite_scores(args.checkpoint):
+        scorers = refitted(stored, data, args, device) if anew else [stored]
+        last = scorers[-1]
+        test_set = TestSet.load(data, last.config, args.cache, args.numWorkers, device, last.roi)
+        scored = score_all(scorers, test_set.images)
     for scorer, (maps, scores) in zip(scorers, scored, strict=True):
         metrics = asdict(evaluate_maps(maps, test_set.truth, args.proLimit, scores))
         epoch = stored.metrics.get("epoch")
@@ -76,20 +72,18 @@ def main() -> None:
     rows = [{"class": name, "checkpoint": str(args.checkpoint), **s.metrics} for s in scorers]
     write_csv(folder / "metrics.csv", rows)
     write_json(folder / "result.json", rows[-1])
-    if args.score is not None:
-        scorers[-1].save(folder / "scorer.pt")
-    figures.save_evaluation(folder / "pictures", test_set, scored[-1], scorers[-1], args.proLimit)
+    if anew:
+        last.save(folder / "scorer.pt")
+    figures.save_evaluation(folder / "pictures", test_set, scored[-1], last, args.proLimit)
     given = (rows, vars(args), args.proLimit)
-    report.save_evaluation(folder / report.FILE, test_set, scored[-1], scorers[-1], *given)
-    log.info(result_table([(name, label(row, len(rows)), row) for row in rows], args.proLimit))
+    report.save_evaluation(folder / report.FILE, test_set, scored[-1], last, *given)
+    log.info(result_table([(name, label(row), row) for row in rows], args.proLimit))
     log.info(f"\nPercent. Written to {folder}")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "checkpoint", type=Path, help="a .pt file of train.py or fit.py, or a run's folder"
-    )
+    add_checkpoint(parser)
     group = parser.add_argument_group("data")
     group.add_argument(
         "--datapath", type=Path, default=Path("../mvtec_anomaly_detection"),
@@ -110,29 +104,44 @@ def parse_arguments() -> argparse.Namespace:
     group = parser.add_argument_group("running")
     add_running_flags(group)
     group.add_argument("--out", type=Path, default=Path("evaluations"), help="folder of the results")
-    parser.set_defaults(score=None)
+    parser.set_defaults(**UNCHANGED)
     args = parser.parse_args()
     check_score_flags(args)
     return args
 
 
-def refit(stored: Scorer, data: AnomalyClass, args: argparse.Namespace) -> list[Scorer]:
-    """Scorers of the stored weights and the class's good images: the paper's, and --score's as the last."""
-    images = Images(
-        data.train, stored.image_size, args.cache, stored.device, args.numWorkers, "training images"
-    )
-    held_out = Images(
-        data.held_out, stored.image_size, args.cache, stored.device, args.numWorkers, "held-out images"
-    )
-    options = [ScoreOptions(), ScoreOptions.from_flags(args)][args.score == "paper" :]
-    template = stored.settings.get("template", "mean")
-    return fit_all(stored.model, images, options, template, data.name, stored.settings, held_out)
+def choose_class(args: argparse.Namespace, stored: Scorer) -> str:
+    """The class to evaluate on; raises InputError if the flags do not say which."""
+    good = stored.settings.get("good")
+    if good is not None and args.cls is None:
+        raise InputError(
+            f"{args.checkpoint} was trained by --good {good}, which is no class of a data set; give the data "
+            "set by --datapath and the class by --cls"
+        )
+    name = args.cls or stored.class_name
+    if name != stored.class_name and not args.anyClass and good is None:
+        raise InputError(
+            f"{args.checkpoint} is of class {stored.class_name}, not {name}; leave --cls out, or add "
+            "--anyClass if both are the same kind of thing"
+        )
+    return name
 
 
-def label(row: dict, count: int) -> str:
-    """The epoch, and among several rows the score."""
-    epoch = "n/a" if row["epoch"] is None else str(row["epoch"])
-    return f"{epoch} ({row['score']})" if count > 1 else epoch
+def refitted(
+    stored: Scorer, data: AnomalyClass, args: argparse.Namespace, device: torch.device
+) -> list[Scorer]:
+    """Scorers of the stored weights and the class's good images: the paper's, and the asked one as the last."""
+    images, held_out = (
+        Images(paths, stored.image_size, args.cache, device, args.numWorkers, f"{name} images")
+        for paths, name in ((data.train, "training"), (data.held_out, "held-out"))
+    )
+    options = options_of_flags(args, stored.options).with_papers
+    return refit(stored, args, images, options, data.name, held_out)
+
+
+def label(row: dict) -> str:
+    """The epoch and the score."""
+    return f"{'n/a' if row['epoch'] is None else row['epoch']} ({row['score']})"
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@
 
 Input `image`: uint8 (batch,h,w,3), RGB, resized to the model's size (bilinear, as PIL does it); with
 --anyImageSize any h and w, and the graph resizes.  Inputs that may be left out: `image_threshold` and
-`pixel_threshold`, float32 (1,), and `roi`, bool (256,256), outside of which nothing is defective.
-Outputs: `anomaly_map`, float32 (batch,256,256); `score`, (batch,), its maximum (of a bank, that of the typical
-templates' map); `defective`, bool (batch,); `mask`, bool (batch,256,256).  Metadata: image_height, image_width,
-any_image_size, image_threshold, pixel_threshold, class.
+`pixel_threshold`, float32 (1,), and `roi`, bool (H,W), outside of which nothing is defective.  (H,W) is the size
+of maps, 256x256 unless --mapSize of train.py or fit.py said otherwise.
+Outputs: `anomaly_map`, float32 (batch,H,W); `score`, (batch,), its maximum (of a bank, that of the typical
+templates' map; or what --imageScore said); `defective`, bool (batch,); `mask`, bool (batch,H,W).  A score that is
+not a number is defective.  Metadata: image_height, image_width, any_image_size, map_height, map_width,
+image_threshold, pixel_threshold, class.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -31,25 +33,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import MASK_SIZE
-from scorer import (
-    IMAGE_QUANTILE,
-    LARGEST,
-    PIXEL_QUANTILE,
+from scorer import LARGEST, Scorer, gaussian, image_scores, latents_of, read_metrics
+from util import InputError, Parser, atomic_path, run_script
+from verdict import (
     Calibration,
-    Inspection,
-    Picture,
+    Inspector,
     Scored,
-    Scorer,
     Thresholds,
     add_threshold_flags,
     choose_thresholds,
-    gaussian,
-    highest,
-    inspect,
-    latents_of,
-    read_metrics,
+    thresholds_of_flags,
 )
-from util import InputError, Parser, atomic_path, run_script
 
 OPSET = 18
 METADATA_KEY, DIGEST_KEY = "pyramidflow", "sha256"
@@ -70,9 +64,7 @@ def main() -> None:
     if args.out.exists():
         raise InputError(f"{args.out} exists; choose a new file")
     scorer = Scorer.load(args.checkpoint, "cpu", "fp32")
-    quantiles = (args.pixelQuantile, args.imageQuantile)
-    thresholds = choose_thresholds(args.threshold, scorer.metrics, scorer.calibration, quantiles)
-    export_onnx(scorer, args.out, thresholds, args.anyImageSize)
+    export_onnx(scorer, args.out, thresholds_of_flags(args, scorer), args.anyImageSize)
     print(f"written to {args.out}: {args.out.stat().st_size / 2**20:.1f} MiB")
 
 
@@ -91,9 +83,7 @@ def export_onnx(
     Raises:
         InputError: the packages for it are missing, it would be too large, or it cannot be written.
     """
-    if thresholds is None:
-        quantiles = PIXEL_QUANTILE, IMAGE_QUANTILE
-        thresholds = choose_thresholds("quantile", scorer.metrics, scorer.calibration, quantiles)
+    thresholds = thresholds or choose_thresholds("quantile", scorer.metrics, scorer.calibration)
     data = serialize(scorer, thresholds, any_image_size)
     try:
         with atomic_path(path) as temporary:
@@ -122,7 +112,7 @@ def serialize(scorer: Scorer, thresholds: Thresholds, any_image_size: bool) -> b
     options = {
         "image_threshold": torch.tensor([thresholds.image]),
         "pixel_threshold": torch.tensor([thresholds.pixel]),
-        "roi": torch.ones(MASK_SIZE, dtype=torch.bool),
+        "roi": torch.ones(scorer.map_size, dtype=torch.bool) if scorer.roi is None else scorer.roi,
     }
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # what they say is for their own developers
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -177,6 +167,7 @@ def _plain_metadata(scorer: Scorer, thresholds: Thresholds, any_image_size: bool
     height, width = scorer.image_size
     return {
         "class": scorer.class_name, "image_height": height, "image_width": width,
+        "map_height": scorer.map_size[0], "map_width": scorer.map_size[1],
         "any_image_size": str(any_image_size).lower(),
         "image_threshold": thresholds.image, "pixel_threshold": thresholds.pixel,
     }  # fmt: skip
@@ -189,6 +180,7 @@ def _about(scorer: Scorer) -> dict:
         "image_size": list(scorer.image_size),
         "metrics": scorer.metrics,
         "calibration": None if scorer.calibration is None else asdict(scorer.calibration),
+        "roi": None if scorer.roi is None else np.packbits(scorer.roi).tobytes().hex(),
     }
 
 
@@ -205,7 +197,7 @@ def digest_entry(model: bytes | memoryview) -> bytes:
 
 
 class Graph(nn.Module):
-    """uint8 images (B,h,w,3) -> anomaly maps (B,256,256), scores (B,), defective (B,), masks (B,256,256).
+    """uint8 images (B,h,w,3) -> anomaly maps (B,H,W), scores (B,), defective (B,), masks (B,H,W).
 
     What depends on weights alone is computed here and not in the graph.
     """
@@ -219,8 +211,8 @@ class Graph(nn.Module):
         for i, level in enumerate(scorer.templates):
             self.register_buffer(f"template{i}", level)
         for axis, size in enumerate(scorer.config.level_size(0)):
-            self.register_buffer(f"resize{axis}", _resizing(size, MASK_SIZE[axis]))
-            self.register_buffer(f"smooth{axis}", _smoothing(MASK_SIZE[axis], scorer.smooth))
+            self.register_buffer(f"resize{axis}", _resizing(size, scorer.map_size[axis]))
+            self.register_buffer(f"smooth{axis}", _smoothing(axis, scorer.map_size, scorer.smooth))
 
     def forward(
         self, image: Tensor, image_threshold: Tensor, pixel_threshold: Tensor, roi: Tensor
@@ -230,8 +222,10 @@ class Graph(nn.Module):
         maps, typical = scorer.differences(latents_of(self.model, image))
         sharp = _along_both(maps, self.resize0, self.resize1)
         typical = sharp if typical is None else _along_both(typical, self.resize0, self.resize1)
-        maps, scores = _along_both(sharp, self.smooth0, self.smooth1), highest(typical, roi)
-        return maps, scores, scores >= image_threshold, (maps >= pixel_threshold) & roi
+        maps = _along_both(sharp, self.smooth0, self.smooth1)
+        scores = image_scores(typical, scorer.image_score, roi)
+        # What is no number is not below either.
+        return maps, scores, ~(scores < image_threshold), ~(maps < pixel_threshold) & roi
 
 
 def _along_both(maps: Tensor, down: Tensor | None, across: Tensor | None) -> Tensor:
@@ -240,19 +234,20 @@ def _along_both(maps: Tensor, down: Tensor | None, across: Tensor | None) -> Ten
     return maps if across is None else maps @ across.T
 
 
-def _resizing(size: int, mask_size: int) -> Tensor | None:
-    """(mask_size,size): resizing, which is linear and the same along each axis."""
-    if size == mask_size:
+def _resizing(size: int, map_size: int) -> Tensor | None:
+    """(map_size,size): resizing, which is linear and the same along each axis."""
+    if size == map_size:
         return None
     eye = torch.eye(size)[None, None]
-    return F.interpolate(eye, (mask_size, size), mode="bilinear", antialias=True)[0, 0]
+    return F.interpolate(eye, (map_size, size), mode="bilinear", antialias=True)[0, 0]
 
 
-def _smoothing(size: int, deviation: float) -> Tensor | None:
-    """(size,size): the Gaussian along one axis."""
+def _smoothing(axis: int, size: tuple[int, int], deviation: float) -> Tensor | None:
+    """(n,n) for the n pixels along one axis of maps of the size: their Gaussian."""
     if not deviation:
         return None
-    lines = torch.eye(size)[:, :, None].expand(-1, -1, size)  # maps of a bright row each
+    width = min(size[1 - axis], int(4 * deviation + 0.5) + 1)  # as wide as the Gaussian may need it
+    lines = torch.eye(size[axis])[:, :, None].expand(-1, -1, width)  # maps of a bright row each
     return gaussian(lines, deviation)[:, :, 0].T
 
 
@@ -272,11 +267,11 @@ class _FixedMatrix(nn.Module):
 # ------------------------------------------------------------------------------------ reading
 
 
-class OnnxScorer:
+class OnnxScorer(Inspector):
     """An exported model, run by onnxruntime, with the interface of `scorer.Scorer`.
 
     Attributes:
-        class_name, image_size, metrics, calibration: as in `scorer.Scorer`.
+        class_name, image_size, map_size, roi, metrics, calibration: as in `scorer.Scorer`.
 
     Raises:
         InputError: onnxruntime is missing, or the file is not what `export_onnx` wrote.
@@ -300,24 +295,20 @@ class OnnxScorer:
             about = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA_KEY])
             self.class_name, self.metrics = str(about["class"]), read_metrics(about["metrics"])
             self.image_size = _read_size(about["image_size"], self._session)
+            others = self._session.get_overridable_initializers()
+            self.map_size = next((tuple(x.shape) for x in others if x.name == "roi"), MASK_SIZE)
+            self.roi = _read_roi(about.get("roi"), self.map_size)
             given = about["calibration"]
             self.calibration = None if given is None else Calibration.from_dict(given)
         except Exception:  # onnxruntime has exceptions of its own for damaged files
             problem = "is not a model that export.py wrote, or it is damaged; export it again"
             raise InputError(f"{path} {problem}") from None
 
-    def inspect(
-        self, images: Picture | Sequence[Picture], thresholds: Thresholds | None = None,
-        min_area: int = 1, roi: Picture | None = None, batch_size: int = 4,
-    ) -> Inspection | list[Inspection]:  # fmt: skip
-        """`scorer.inspect`: the verdict on an image of any size, or a list of them."""
-        return inspect(self, images, thresholds, min_area, roi, batch_size)
-
     def score(self, images: Tensor, roi: Tensor | None = None) -> Scored:
-        """Anomaly maps (B,256,256) and scores (B,) of images uint8 (B,h,w,3).
+        """Anomaly maps (B,H,W) and scores (B,) of images uint8 (B,h,w,3).
 
         Args:
-            roi: bool (256,256), where scores are taken; None: everywhere.
+            roi: bool (H,W), where scores are taken; None: everywhere.
 
         Raises:
             InputError: onnxruntime cannot run the model.
@@ -353,6 +344,14 @@ def _read_size(given: list[int], session) -> tuple[int, int]:
     ):
         raise ValueError("input")
     return height, width
+
+
+def _read_roi(given: str | None, size: tuple[int, int]) -> Tensor | None:
+    """Raises ValueError unless `given` holds the bits of a region of that size."""
+    if given is None:
+        return None
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(given), np.uint8))
+    return torch.from_numpy(bits[: math.prod(size)].astype(bool).reshape(size))
 
 
 def _providers(onnxruntime, device: torch.device) -> list:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from dataset import IMAGENET_MEAN, IMAGENET_STD, TestImage
 from metrics import PRO_LIMIT, TABLE_METRICS, Ranking, metric_labels
-from scorer import Calibration, Scored, Scorer, TestSet, distribution
+from scorer import Scorer, TestSet
 from util import atomic_path
+from verdict import Calibration, Scored, distribution
 
 PANELS_PER_KIND = 3
 COLOR_MAP = "turbo"
@@ -88,7 +89,7 @@ def save_evaluation(
         save_panel(path, title, image, template, maps[i], scale, mask)
     save_histogram(folder / "histogram.png", scores, truth.defective, scorer.calibration, shown)
     if truth.masks is not None:
-        pixels = Ranking(maps[~truth.masks], maps[truth.masks])
+        pixels = Ranking.of_pixels(maps, truth)
         images = Ranking(scores[~truth.defective], scores[truth.defective])
         if pixels.defined:
             save_roc_and_pro(folder / "roc_pro.png", images, pixels, truth.region_shares, pro_limit)

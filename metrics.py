@@ -7,6 +7,7 @@ of the good pixels serves every metric.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from util import markdown_table, percent
 
+PART_PIXELS = 2**24  # of maps, that are sorted together
 PRO_LIMIT = 0.3  # the false-positive rate up to which the literature integrates; the paper uses 1
 METRICS = {
     "pixel_auroc": "pixel AUROC",
@@ -41,12 +43,14 @@ class GroundTruth:
         masks: (N,H,W) bool; None if there are none.
         regions: (P,) int64, the region of each defective pixel, in the order of `maps[masks]`.
         region_sizes: (R,) int64, pixels of each region.
+        roi: (H,W) bool, outside of which no pixel counts; None: all do.
     """
 
     defective: Tensor
     masks: Tensor | None = None
     regions: Tensor | None = None
     region_sizes: Tensor | None = None
+    roi: Tensor | None = None
 
     @property
     def region_shares(self) -> Tensor:
@@ -54,10 +58,14 @@ class GroundTruth:
         return 1 / self.region_sizes.double()[self.regions] / len(self.region_sizes)
 
     @classmethod
-    def from_masks(cls, defective: Tensor, masks: Tensor | None, device="cpu") -> GroundTruth:
+    def from_masks(
+        cls, defective: Tensor, masks: Tensor | None, device="cpu", roi: Tensor | None = None
+    ) -> GroundTruth:
         """Label the 8-connected regions of bool masks (N,H,W) on the CPU; everything goes to the device."""
+        kept = None if roi is None else roi.to(device)
         if masks is None:
-            return cls(defective.to(device))
+            return cls(defective.to(device), roi=kept)
+        masks = masks if roi is None else masks & roi.cpu()
         regions, count = [np.zeros(0, np.int64)], 0
         for i in torch.nonzero(masks.flatten(1).any(1)).flatten().tolist():
             labels, found = skimage.measure.label(masks[i].numpy(), connectivity=2, return_num=True)
@@ -65,7 +73,7 @@ class GroundTruth:
             count += found
         regions = torch.from_numpy(np.concatenate(regions))
         tensors = (masks, regions, regions.bincount(minlength=count))
-        return cls(defective.to(device), *(x.to(device) for x in tensors))
+        return cls(defective.to(device), *(x.to(device) for x in tensors), kept)
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class Metrics:
     """Values 0..1; None where undefined (no masks, nothing defective, or nothing good).
 
     Attributes:
-        pixel_auroc, image_auroc: area under the ROC curve; an image's score is its map's maximum.
+        pixel_auroc, image_auroc: area under the ROC curve.
         pixel_pro: AUPRO up to a false-positive rate of 1, the paper's number.
         pixel_pro_limited: AUPRO up to a limit, divided by it; up to 0.3 it is everybody else's.
         pixel_ap, image_ap: average precision.
@@ -109,13 +117,13 @@ def evaluate_maps(
     Raises:
         ValueError: a score is not finite, or the shapes disagree.
     """
-    if not torch.isfinite(maps).all():
+    scores = maps.flatten(1).amax(1) if scores is None else scores
+    if not (all_finite(maps) and all_finite(scores)):
         raise ValueError("anomaly maps hold values that are not finite")
     if len(maps) != len(truth.defective):
         raise ValueError(f"{len(maps)} maps for {len(truth.defective)} images")
     if truth.masks is not None and truth.masks.shape != maps.shape:
         raise ValueError(f"maps {tuple(maps.shape)}, masks {tuple(truth.masks.shape)}")
-    scores = maps.flatten(1).amax(1) if scores is None else scores
     return Metrics(**_of_images(scores, truth), **_of_pixels(maps, truth, pro_limit))
 
 
@@ -134,7 +142,7 @@ def _of_images(scores: Tensor, truth: GroundTruth) -> dict[str, float | None]:
 def _of_pixels(maps: Tensor, truth: GroundTruth, pro_limit: float) -> dict[str, float | None]:
     if truth.masks is None:
         return {}
-    ranking = Ranking(maps[~truth.masks], maps[truth.masks])
+    ranking = Ranking.of_pixels(maps, truth)
     f1_max, threshold = ranking.f1_max()
     return {
         "pixel_auroc": ranking.auroc(),
@@ -155,15 +163,31 @@ class Ranking:
     items rises along a straight line from x = `above` to x = `reached`, counted in good items.
 
     Args:
-        good, defective: scores, (G,) and (P,).
+        good: scores (G,), or parts of them, of which one at a time is in memory.
+        defective: scores (P,).
     """
 
-    def __init__(self, good: Tensor, defective: Tensor):
-        good = sorted_scores(good)
+    def __init__(self, good: Tensor | Iterable[Tensor], defective: Tensor):
         self.scores, self._order = defective.sort()
-        self.num_good = len(good)
-        self.above = self.num_good - torch.searchsorted(good, self.scores, right=True)
-        self.reached = self.num_good - torch.searchsorted(good, self.scores)
+        self.num_good, self.above, self.reached = 0, 0 * self._order, 0 * self._order
+        for part in [good] if isinstance(good, Tensor) else good:
+            part = sorted_scores(part)
+            self.num_good += len(part)
+            self.above += len(part) - torch.searchsorted(part, self.scores, right=True)
+            self.reached += len(part) - torch.searchsorted(part, self.scores)
+
+    @classmethod
+    def of_pixels(cls, maps: Tensor, truth: GroundTruth) -> Ranking:
+        """Of the pixels of anomaly maps (N,H,W), by masks.
+
+        A few images at a time, so that beside the maps it needs 0.3 GiB, and 40 bytes for each defective pixel;
+        average precision and curves need 100 more of these.
+        """
+        count = max(1, PART_PIXELS // max(1, maps[:1].numel()))
+        parts = list(zip(maps.split(count), truth.masks.split(count), strict=True))
+        inside = True if truth.roi is None else truth.roi
+        good = (part.masked_select(~masks & inside) for part, masks in parts)
+        return cls(good, torch.cat([part.masked_select(masks) for part, masks in parts]))
 
     @property
     def defined(self) -> bool:
@@ -249,6 +273,11 @@ class Ranking:
             "y_score": self.scores.repeat(2).cpu().numpy(),
             "sample_weight": weights.cpu().numpy(),
         }
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no element is infinite or no number; without a copy, as `torch.isfinite` makes one."""
+    return not x.numel() or bool(torch.isfinite(torch.stack(x.aminmax())).all())
 
 
 def sorted_scores(scores: Tensor) -> Tensor:

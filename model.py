@@ -50,9 +50,14 @@ class PyramidFlowConfig:
     image_size: tuple[int, int] = (1024, 1024)  # (h, w) of the input images
     contrast: str = "latent"  # compose differences; "composed": subtract what is composed (ablation III)
     save_memory: bool = True  # backpropagate by inversion (SequentialNF), or plainly (SequentialNet)
+    map_size: tuple[int, int] = (
+        256,
+        256,
+    )  # (h, w) of anomaly maps, whatever the images' is, as the paper's
 
     def __post_init__(self):
-        object.__setattr__(self, "image_size", tuple(self.image_size))
+        for name in ("image_size", "map_size"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         names = ("encoder", "encoder_bn", "volume_norm", "contrast")
         allowed = (ENCODERS, ENCODER_BNS, VOLUME_NORMS, CONTRASTS)
         for name, choices in zip(names, allowed, strict=True):
@@ -86,7 +91,7 @@ class PyramidFlowConfig:
 
     def to_dict(self) -> dict:
         """Plain values, for a checkpoint; `PyramidFlowConfig(**d)` reads them back."""
-        return {**asdict(self), "image_size": list(self.image_size)}
+        return {**asdict(self), "image_size": list(self.image_size), "map_size": list(self.map_size)}
 
 
 class PyramidFlow(nn.Module):

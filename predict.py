@@ -9,7 +9,7 @@
 Written to --out, a new folder: overlays/*.png; masks/*.png; maps/*.tiff, float32 at the image's own size, as
 MVTec's evaluator reads them; predict.json, what was asked for; and when all is done scores.csv, a row for each
 image, defects.csv, a row for each region of a mask, its box without x1 and y1 themselves, and report.html, which
-shows the images of this call sorted by score, with a threshold to move.
+shows the images sorted by score, with a threshold to move.
 Images may have any size and mode; those that cannot be read are listed at the end, and the exit code is 1.
 """
 
@@ -30,24 +30,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 import report
 from dataset import IMAGE_SUFFIXES, list_images, look_ahead, read_image
 from export import OnnxScorer
 from figures import file_name, overlay, to_picture, write_png, write_tiff
-from scorer import (
-    Inspection,
-    Scorer,
-    Thresholds,
-    add_threshold_flags,
-    choose_thresholds,
-    find_checkpoint,
-    judge,
-    read_roi,
-    resize_image,
-    score_arrays,
-)
+from fit import count_images, start_on
+from scorer import Scorer, find_checkpoint
 from util import (
     InputError,
     Interrupted,
@@ -55,26 +46,25 @@ from util import (
     StopSignals,
     add_running_flags,
     atomic_path,
-    choose_device,
-    keep_freed_memory,
     lock,
     progress,
     run_script,
     whole_number,
     write_json,
 )
+from verdict import (
+    Inspection,
+    Thresholds,
+    add_threshold_flags,
+    judge,
+    resize_image,
+    resize_roi,
+    thresholds_of_flags,
+)
 
 SCORE_COLUMNS = (
-    "path",
-    "score",
-    "decision",
-    "threshold",
-    "pixel_threshold",
-    "margin",
-    "peak_x",
-    "peak_y",
-    "map",
-)
+    "path", "score", "decision", "threshold", "pixel_threshold", "margin", "peak_x", "peak_y", "map",
+)  # fmt: skip
 DEFECT_COLUMNS = ("image", "number", "x0", "y0", "x1", "y1", "area", "peak_score", "mean_score")
 KINDS = {"overlays": ".png", "masks": ".png", "maps": ".tiff"}
 MARKER = "predict.json"  # in a folder of results: what they are results of, and whether all are there
@@ -83,21 +73,21 @@ ROWS = "rows.jsonl"  # beside it, the rows of the images that are done, until al
 
 def main() -> None:
     args = parse_arguments()
-    keep_freed_memory()
+    device = start_on(args.gpu)
     args.model = find_checkpoint(args.model)
-    scorer = load_scorer(args)
-    if args.template:
-        save_template(scorer, args.template)
+    scorer = load_scorer(args, device)
+    template = read_template(scorer, args.template) if args.template else None
+    if args.images:
+        thresholds, roi = thresholds_of_flags(args, scorer), scorer.region(args.roi)
+        number, count = args.shard
+        items = find_images(args.images)[number - 1 :: count]
+        results = Results(args.out, describe(args, items), args.resume)
+    if template is not None:
+        write_template(template, args.template)
     if not args.images:
         return
-    quantiles = (args.pixelQuantile, args.imageQuantile)
-    thresholds = choose_thresholds(args.threshold, scorer.metrics, scorer.calibration, quantiles)
-    roi = None if args.roi is None else read_roi(args.roi)
-    number, count = args.shard
-    items = find_images(args.images)[number - 1 :: count]
-    results = Results(args.out, describe(args, items), args.resume)
     if results.finished:
-        print(f"{args.out} is finished: {len(items)} images")
+        print(f"{args.out} is finished: {count_images(len(items))}")
         return
     unreadable = predict(scorer, items, args, thresholds, roi, results)
     for line in unreadable:
@@ -121,7 +111,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--minArea", type=whole_number(1), default=1, metavar="PIXELS",
         help="smaller regions are left out of masks and defects.csv")
     add("--roi", type=Path, metavar="MASK.png",
-        help="white where the part is, of any size; what lies outside does not count")
+        help="white where the part is, of any size; what lies outside does not count; instead of the model's own, "
+        "by which train.py or fit.py --roi chose thresholds, too")
     add("--batchSize", type=whole_number(1), default=4, help="images at once")
     add("--shard", type=shard, default="1/1", metavar="I/N",
         help="the I-th of N parts of the images, for several processes")
@@ -154,8 +145,7 @@ def shard(text: str) -> tuple[int, int]:
 # -------------------------------------------------------------------------------------- model
 
 
-def load_scorer(args: argparse.Namespace) -> Scorer | OnnxScorer:
-    device = choose_device(args.gpu)
+def load_scorer(args: argparse.Namespace, device: torch.device) -> Scorer | OnnxScorer:
     if args.model.suffix.lower() != ".onnx":
         return Scorer.load(args.model, device, args.precision)
     if args.precision != "auto":
@@ -163,8 +153,8 @@ def load_scorer(args: argparse.Namespace) -> Scorer | OnnxScorer:
     return OnnxScorer(args.model, device)
 
 
-def save_template(scorer: Scorer | OnnxScorer, path: Path) -> None:
-    """Raises InputError if the model has no image template, or it cannot be written."""
+def read_template(scorer: Scorer | OnnxScorer, path: Path) -> np.ndarray:
+    """The image template, uint8 (h,w,3); raises InputError if there is none, or a file of that name."""
     if isinstance(scorer, OnnxScorer):
         raise InputError(
             "--template: an .onnx file holds no inverse; choose the .pt file it was made of"
@@ -177,9 +167,13 @@ def save_template(scorer: Scorer | OnnxScorer, path: Path) -> None:
             f"--template: the encoder {scorer.config.encoder} has no inverse, so there is no image "
             "template; only models trained with --encoder none have one"
         )
+    return to_picture(template)
+
+
+def write_template(template: np.ndarray, path: Path) -> None:
     try:
         with atomic_path(path) as temporary:
-            Image.fromarray(to_picture(template)).save(temporary, format="png")
+            Image.fromarray(template).save(temporary, format="png")
     except OSError as error:
         raise InputError(f"cannot write --template {path} ({error.strerror}); choose another") from None
     print(f"image template written to {path}")
@@ -302,20 +296,18 @@ class Results:
 
     Attributes:
         finished: nothing is left to do.
-        done: names of the images that are.
+        done: the rows of scores.csv of the images that are, by name.
 
     Raises:
         InputError: it cannot be made, holds something already, or nothing that can be continued.
     """
 
     def __init__(self, out: Path, command: dict, resume: bool):
-        self.out, self.finished, self.done = out, False, set()
-        self._command = command
+        self.out, self.finished, self.done, self._command = out, False, {}, command
+        if out.exists() and not out.is_dir():
+            raise InputError(f"--out {out} is a file; choose a new folder")
         try:
-            if resume:
-                self._continue()
-            else:
-                self._begin()
+            self._continue() if resume else self._begin()
             if not self.finished:
                 self._file = open(out / ROWS, "a+", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
@@ -354,7 +346,7 @@ class Results:
         """Of an image whose files are written."""
         self._file.write(json.dumps({"name": name, "score": score, "defects": defects}) + "\n")
         self._file.flush()
-        self.done.add(name)
+        self.done[name] = score
 
     def finish(self, items: list[Item]) -> int:
         """Write the tables, in the order of the items; the number of defective images."""
@@ -362,23 +354,22 @@ class Results:
         rows = {row["name"]: row for row in map(json.loads, self._file)}
         rows = [rows[name] for item in items if (name := item.name.as_posix()) in rows]
         _write_table(self.out / "scores.csv", SCORE_COLUMNS, [row["score"] for row in rows])
-        _write_table(
-            self.out / "defects.csv", DEFECT_COLUMNS, [d for row in rows for d in row["defects"]]
-        )
+        defects = [defect for row in rows for defect in row["defects"]]
+        _write_table(self.out / "defects.csv", DEFECT_COLUMNS, defects)
         self._mark(finished=True)
         self._file.close()
         (self.out / ROWS).unlink()
         return sum(row["score"]["decision"] == "defective" for row in rows)
 
 
-def _read_done(path: Path) -> set[str]:
-    """Names of the images in a file of rows, from which a line that was not written to its end is cut."""
+def _read_done(path: Path) -> dict[str, dict]:
+    """`Results.done` of a file of rows, from which a line that was not written to its end is cut."""
     if not path.is_file():
-        return set()
+        return {}
     whole, end, begun = path.read_bytes().rpartition(b"\n")
     if begun:
         path.write_bytes(whole + end)
-    return {json.loads(line)["name"] for line in whole.splitlines()}
+    return {row["name"]: row["score"] for row in map(json.loads, whole.splitlines())}
 
 
 def _write_table(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
@@ -395,13 +386,9 @@ def _write_table(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None
 
 
 def predict(
-    scorer: Scorer | OnnxScorer,
-    items: list[Item],
-    args: argparse.Namespace,
-    thresholds: Thresholds,
-    roi: np.ndarray | None,
-    results: Results,
-) -> list[str]:
+    scorer: Scorer | OnnxScorer, items: list[Item], args: argparse.Namespace, thresholds: Thresholds,
+    roi: np.ndarray | None, results: Results,
+) -> list[str]:  # fmt: skip
     """Score and write everything, a few images at a time; the errors of those that cannot be read.
 
     Raises:
@@ -409,7 +396,7 @@ def predict(
     """
     left = [item for item in items if item.name.as_posix() not in results.done]
     unreadable, start = [], time.perf_counter()
-    writer = Writer(args, thresholds, scorer, roi, results.add)
+    writer = Writer(args, thresholds, scorer, roi, results)
     with StopSignals() as signals:
         try:
             for batch in scored(scorer, left, args, roi, unreadable):
@@ -420,27 +407,21 @@ def predict(
         except KeyboardInterrupt:
             flag = "" if args.resume else " --resume"
             raise Interrupted(
-                f"stopped, {len(results.done)} of {len(items)} images are done; to continue: python "
+                f"stopped, {len(results.done)} of {count_images(len(items))} are done; to continue: python "
                 f"{shlex.join(sys.argv)}{flag}"
             ) from None
     rate = (len(left) - len(unreadable)) / (time.perf_counter() - start)
-    if left:
-        report.save_predictions(writer.report, args.out / report.FILE, scorer, vars(args))
-    defective, count = results.finish(items), len(items) - len(unreadable)
-    print(
-        f"{count} images, {defective} defective, {rate:.1f} images/s, written to {args.out}"
-        + (f"; {len(unreadable)} cannot be read:" if unreadable else "")
-    )
+    report.save_predictions(writer.report, args.out / report.FILE, scorer, vars(args))
+    defective, count = results.finish(items), count_images(len(items) - len(unreadable))
+    line = f"{count}, {defective} defective, {rate:.1f} images/s, written to {args.out}"
+    print(f"{line}; {len(unreadable)} cannot be read:" if unreadable else line)
     return unreadable
 
 
 def scored(
-    scorer: Scorer | OnnxScorer,
-    items: list[Item],
-    args: argparse.Namespace,
-    roi: np.ndarray | None,
+    scorer: Scorer | OnnxScorer, items: list[Item], args: argparse.Namespace, roi: np.ndarray | None,
     unreadable: list[str],
-) -> Iterator[list[tuple[Loaded, np.ndarray, float]]]:
+) -> Iterator[list[tuple[Loaded, np.ndarray, float]]]:  # fmt: skip
     """Batches of images with their maps and scores; images are read ahead, as few as keep the scorer busy.
 
     Args:
@@ -458,7 +439,7 @@ def scored(
         loaded = [image for image in loaded if not image.error]
         if loaded:
             names = [image.item.path for image in loaded]
-            pairs = score_arrays(scorer, [image.resized for image in loaded], names, roi)
+            pairs = scorer.score_arrays([image.resized for image in loaded], names, roi)
             yield [(image, *pair) for image, pair in zip(loaded, pairs, strict=True)]
 
 
@@ -466,24 +447,23 @@ class Writer:
     """Judges images, and writes what belongs to each into the folders of --out.
 
     Args:
-        add: called with an image's name and its rows when its files are written.
+        results: take an image's rows when its files are written; the report counts what they have already.
     """
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        thresholds: Thresholds,
-        scorer: Scorer | OnnxScorer,
-        roi: np.ndarray | None,
-        add: Callable[[str, dict, list[dict]], None],
-    ):
+        self, args: argparse.Namespace, thresholds: Thresholds, scorer: Scorer | OnnxScorer,
+        roi: np.ndarray | None, results: Results,
+    ):  # fmt: skip
         self._out, self._write, self._thresholds = args.out, args.write, thresholds
-        self._min_area, self._roi, self._add = args.minArea, roi, add
+        self._min_area, self._roi, self._results = args.minArea, roi, results
+        self._small_roi = None if roi is None else resize_roi(roi, scorer.map_size)
         self._pool, self._writing = ThreadPoolExecutor(), []
         self._scale = (0.0, 2 * abs(thresholds.pixel) + 1e-12)
         if scorer.calibration:
             self._scale = scorer.calibration.color_scale()
         self.report = report.start_predictions(scorer, thresholds, self._scale)
+        for row in results.done.values():
+            self.report.add_earlier(Path(row["path"]), float(row["score"]))
 
     def start(self, batch: list[tuple[Loaded, np.ndarray, float]]) -> None:
         """Write in the background, after the batch before: the next one can be scored meanwhile."""
@@ -493,13 +473,15 @@ class Writer:
     def wait(self) -> None:
         """Until all is written; raises what writing raised."""
         while self._writing:
-            self._add(*self._writing[0].result())
+            self._results.add(*self._writing[0].result())
             del self._writing[0]
 
     def write(self, image: Loaded, anomaly: np.ndarray, score: float) -> tuple[str, dict, list[dict]]:
         """What was asked for, at the image's size; its name and rows of the tables."""
         size, name = image.original.shape[:2], image.item.name
         verdict = judge(anomaly, score, size, self._thresholds, self._min_area, self._roi)
+        if self._small_roi is not None:
+            anomaly = np.where(self._small_roi, anomaly, anomaly.min())
         self.report.add_prediction(
             image.item.path, image.original, anomaly, score, self._thresholds.pixel
         )

@@ -26,8 +26,9 @@ from torch import Tensor
 
 import figures
 from metrics import METRICS, PRO_LIMIT, TABLE_METRICS, Ranking, metric_labels
-from scorer import Scored, Scorer, TestSet, Thresholds, distribution
+from scorer import Scorer, TestSet
 from util import describe_environment, percent, write_text
+from verdict import Scored, Thresholds, distribution
 
 FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -174,7 +175,7 @@ def metric_charts(test_set: TestSet, scored: Scored, pro_limit: float = PRO_LIMI
     truth, (maps, scores) = test_set.truth, scored
     rankings = {"images": Ranking(scores[~truth.defective], scores[truth.defective])}
     if truth.masks is not None:
-        rankings["pixels"] = Ranking(maps[~truth.masks], maps[truth.masks])
+        rankings["pixels"] = Ranking.of_pixels(maps, truth)
     rankings = {name: ranking for name, ranking in rankings.items() if ranking.defined}
     if not rankings:
         return []
@@ -228,12 +229,14 @@ class Report:
         scale: lowest and highest score of the colors.
         presets: image thresholds by name; the page starts at the first.
         group: what images are grouped by, "kind" or "folder".
+        earlier: images whose pictures are not at hand.
     """
 
     title: str
     scale: tuple[float, float]
     presets: dict[str, float]
     group: str = "kind"
+    earlier: int = 0
     _items: list[tuple] = field(default_factory=list)
     _kept: list[tuple] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -277,6 +280,11 @@ class Report:
         """Take an image without label; its mask is where the map reaches the threshold."""
         self.add(path, str(path.parent), None, score, image, anomaly, {"mask": anomaly >= threshold})
 
+    def add_earlier(self, path: Path, score: float) -> None:
+        """Take an image without label and without pictures: it counts, and is not shown."""
+        self._items.append((score, text(path), text(path.parent), None))
+        self.earlier += 1
+
     def save(
         self, path: Path, sections: dict[str, dict], environment: Iterable[str] = (),
         table: tuple[list[str], list[list[str]]] | None = None, charts: Sequence[Chart] = (),
@@ -317,8 +325,8 @@ class Report:
             presets={name: float(value) for name, value in self.presets.items()}, labeled=labeled,
             kinds=sorted({item[2] for item in items}), group=self.group,
             views=list(dict.fromkeys(name for item in items for name in item[4] or ())),
-            count=len(items), kept=len(self._kept), width=WIDTH, height=HEIGHT, plot=data["plot"],
-            nonce=secrets.token_urlsafe(16),
+            count=len(items), kept=len(self._kept), earlier=self.earlier,
+            width=WIDTH, height=HEIGHT, plot=data["plot"], nonce=secrets.token_urlsafe(16),
         )  # fmt: skip
         write_text(path, page)
 

@@ -74,7 +74,7 @@ CHOICES = {
 # Flags of train.py that change no number, or that the configuration settles.
 NOT_IN_KEY = (
     "imageSize", "numLayer", "volumeNorm", "gpu", "numWorkers", "cache", "saveDir", "tensorboard", "config",
-    "resume",
+    "resume", "map_size",  # which --mapSize says
 )  # fmt: skip
 
 

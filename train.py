@@ -38,7 +38,8 @@ import figures
 import report
 import util
 from dataset import AnomalyClass, Augmentation, Images, TestImage, normalize, training_order
-from kernels import TILE, pays_in_frequency_domain
+from fit import add_score_flags, check_score_flags, options_of_flags, region_of_flags, with_map_size
+from kernels import STRIP_ROWS, pays_in_frequency_domain
 from metrics import (
     METRICS,
     TABLE_METRICS,
@@ -63,29 +64,22 @@ from model import (
     training_loss,
 )
 from scorer import (
-    FALSE_ALARM,
     LAST_FILE,
-    LOWEST_RATE,
-    Scored,
-    ScoreOptions,
     Scorer,
     TestSet,
-    add_score_flags,
-    check_score_flags,
-    empty_scores,
     fit_all,
     load_checkpoint,
-    named_thresholds,
     save_checkpoint,
     score_all,
 )
 from util import Clock, DivergedError, InputError, Interrupted, Parser, StopSignals, number, whole_number
+from verdict import FALSE_ALARM, LOWEST_RATE, Scored, named_thresholds
 
 STATE_FILE, RESULT_FILE = "state.pt", "result.json"
 STEPS_BETWEEN_LOOKS = 50  # at the loss, for which the host waits on CUDA
 FIRST_LOOKS = (1, 10)  # after the step that prepares much, and when the log says how long the run takes
 # Flags that came after the first trainings: what these wrote lacks them, and has their defaults.
-ADDED_FLAGS = ("good", "bad", "masks", "holdout", "falseAlarm")
+ADDED_FLAGS = ("good", "bad", "masks", "holdout", "falseAlarm", "imageScore", "mapSize", "roi")
 
 # The official program's choices by class, where a flag says auto.
 AUTO_NUM_LAYER = {"metal_nut": 8, "carpet": 8, "transistor": 8, "screw": 2}
@@ -124,7 +118,9 @@ def train_class(args: Namespace, device: torch.device, stored: dict | None = Non
     model = make_model(config, args, device, is_new=stored is None)
     augment = Augmentation.create(args.augment, args.cls[0], config.image_size, args.seed)
     train_set = Images(data.train, config.image_size, *reading, "training images")
-    test_set = TestSet.load(data, config, args.cache, args.numWorkers, device)
+    test_set = TestSet.load(
+        data, config, args.cache, args.numWorkers, device, region_of_flags(args, config)
+    )
     held_out = Images(data.held_out, config.image_size, *reading, "held-out images")
     steps = len(util.share(range(len(data.train) // args.batchSize), equal=True))  # of an epoch
     optimizer = make_optimizer(model, args)
@@ -205,13 +201,15 @@ def evaluate(
     Raises:
         DivergedError: a score is not finite.
     """
-    options = [ScoreOptions(), ScoreOptions.from_flags(args)][args.score == "paper" :]
+    options, roi = options_of_flags(args).with_papers, test_set.truth.roi
     with clock.part("template"):
-        scorers = fit_all(model, train_set, options, args.template, args.cls[0], vars(args), held_out)
+        scorers = fit_all(
+            model, train_set, options, args.template, args.cls[0], vars(args), held_out, roi
+        )
     if not len(test_set.images):
         for option, scorer in zip(options, scorers, strict=True):
             scorer.metrics = {"score": option.score, **asdict(Metrics())}
-        return [(scorer, empty_scores(scorer.device)) for scorer in scorers]
+        return [(scorer, scorer.empty_scores()) for scorer in scorers]
     with clock.part("test"):
         scored = score_all(scorers, test_set.images)
     with clock.part("metrics"):
@@ -642,7 +640,7 @@ def remarks(
     lines = [f"{about} {warning}" for warning in data.warnings] + util.without_cuda(device, args.gpu)
     if not data.test:
         lines.append(
-            f"{about} no test images: no metrics can be had, thresholds come of good images alone"
+            f"{about} no test images: no metrics can be had, thresholds come from good images alone"
         )
     elif not any(not image.defective for image in data.test):
         lines.append(f"{about} no good test images; --holdout 0.2 gives some")
@@ -895,11 +893,12 @@ def model_config(args: Namespace) -> PyramidFlowConfig:
     if volume_norm == "auto":
         volume_norm = "SVN" if name in AUTO_SVN else "CVN"
     try:
-        return PyramidFlowConfig(
+        config = PyramidFlowConfig(
             args.encoder, args.encoderBN, int(num_level), args.numStack, args.numChannel, args.kernelSize,
             volume_norm, image_size=(size[0], size[-1]), contrast=args.contrast,
             save_memory=args.saveMemory is not False,
         )  # fmt: skip
+        return with_map_size(config, args.mapSize)
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -963,10 +962,10 @@ def convolution_bytes(
     x = number_.expand(batch, own, height, width) if own else None
     small = number_.expand(batch, upsampled, height // 2, width // 2) if upsampled else None
     if device.type == "cpu" and pays_in_frequency_domain(weight, x, small, stride):
-        numbers = (TILE + k - 1) * ((TILE + k - 1) // 2 + 1) * dtype.itemsize
-        tiles = batch * -(-height // TILE) * -(-width // TILE)
-        spectrum, mixing = 2 * numbers * tiles, 4 * numbers * channels * outputs
-        return spectrum * channels + mixing, 3 * spectrum * max(channels, outputs) + 2 * mixing
+        positions, strips = STRIP_ROWS + k - 1, batch * -(-height // STRIP_ROWS)
+        spectrum = positions * strips * width * dtype.itemsize  # of one channel
+        kernel = positions * k * channels * outputs * dtype.itemsize
+        return kernel, spectrum * 3 // 2 * (outputs + channels) + 2 * kernel
     folded = outputs * upsampled * (k + 1) ** 2 * dtype.itemsize  # the kernel for the upsampled map
     return folded + (dtype != torch.float32) * weight.nbytes, weight.nbytes
 
@@ -1054,7 +1053,7 @@ def resumed_arguments(stored: dict, argv: list[str] | None) -> Namespace:
 
 def agrees(name: str, given: object, stored: object) -> bool:
     """Whether a flag asks for what the run has: auto does, and one number for a square image."""
-    if name == "imageSize":
+    if name in ("imageSize", "mapSize"):
         return (given[0], given[-1]) == (stored[0], stored[-1])
     return given == stored or (name in ("precision", "saveMemory") and given == "auto")
 
@@ -1110,7 +1109,9 @@ def initialize(model: PyramidFlow, checkpoint: str | None) -> None:
         return
     other = Scorer.load(Path(checkpoint)).model
     mine, theirs = asdict(model.config), asdict(other.config)
-    differing = [f"{k} {theirs[k]}" for k in mine if k != "save_memory" and mine[k] != theirs[k]]
+    differing = [
+        f"{k} {theirs[k]}" for k in mine if k not in ("save_memory", "map_size") and mine[k] != theirs[k]
+    ]
     if differing:
         raise InputError(f"--init {checkpoint}: it has {', '.join(differing)}; set the flags alike")
     model.load_state_dict(other.state_dict())

@@ -72,6 +72,7 @@ class DivergedError(InputError):
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main; what the user can mend becomes one line on stderr and an exit code."""
+    quiet_pillow()
     try:
         main()
         if sys.stdout is not None:
@@ -90,6 +91,11 @@ def run_script(main: Callable[[], None]) -> None:
         _fail(f"error: {error}", 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+
+
+def quiet_pillow() -> None:
+    """Pillow warns of oddities in a file, which do not matter if it can be read, and are an error if not."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _leave_stdout() -> None:
@@ -253,16 +259,20 @@ def choose_device(gpu: str) -> torch.device:
     raise InputError(f"--gpu {gpu}: no such CUDA device (this machine has: {have}); or use --gpu cpu")
 
 
+def why_no_cuda() -> str:
+    """Why this process has no CUDA device."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return "CUDA_VISIBLE_DEVICES is empty"
+    return "no NVIDIA driver or no GPU was found"
+
+
 def without_cuda(device: torch.device, gpu: str) -> list[str]:
     """A line that says why it runs on the CPU, if that was not asked for by --gpu."""
     if device.type != "cpu" or gpu == "cpu":
         return []
-    why = "no NVIDIA driver or no GPU was found"
-    if torch.version.cuda is None:
-        why = f"torch {torch.__version__} is a build without CUDA"
-    elif os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        why = "CUDA_VISIBLE_DEVICES is empty"
-    return [f"no CUDA device ({why}): running on the CPU"]
+    return [f"no CUDA device ({why_no_cuda()}): running on the CPU"]
 
 
 def describe_environment(device: torch.device) -> list[str]:

@@ -63,8 +63,9 @@ import predict
 import reproduce
 import train
 import util
-from scorer import Scorer, read_roi
+from scorer import Scorer
 from tools import convert_official
+from verdict import read_roi
 
 PROGRAMS = {
     "train": train.main, "predict": predict.main, "fit": fit.main, "export": export.main,
@@ -582,6 +583,7 @@ def _load_all(numbers: list[int], seed: int, place: Path, kind: tuple, answers: 
         sys.stdout = sys.stderr = open(noise, "w", buffering=1)  # noqa: SIM115
         import resource  # not on Windows
 
+        util.quiet_pillow()
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + 3 * MOST_MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (most, most))

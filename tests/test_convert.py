@@ -198,7 +198,7 @@ def test_the_checkpoint_is_one_that_the_other_programs_take(tmp_path, run_main):
     assert len(converted.calibration.image_scores) == 6
     code, out, err = run_main(evaluate.main, [tmp_path / "a.pt", *data, "--out", tmp_path / "out"])
     assert code == 0, err
-    assert "| widget | n/a |" in out
+    assert "| widget | n/a (paper) |" in out
     images = tmp_path / "data" / "widget" / "test"
     out = ["--out", tmp_path / "scores", "--gpu", "cpu"]
     assert run_main(predict.main, [tmp_path / "a.pt", images, *out])[0] == 0

@@ -184,3 +184,21 @@ def test_a_checkpoint_that_does_not_fit_together_is_one_line(
     assert (code, err.count("\n")) == (2, 1), err
     assert message in err
     assert "a.pt" in err
+
+
+def test_what_cannot_be_evaluated_is_told_what_can(trained, tmp_path, run_main):
+    (tmp_path / "a.onnx").write_bytes(b"x")
+    code, _, err = run_main(evaluate.main, [tmp_path / "a.onnx", *flags(trained, tmp_path)[1:]])
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is an ONNX file, whose scores are fixed; choose the last.pt" in err
+    scorer = Scorer.load(trained.checkpoint)
+    scorer.class_name, scorer.settings = "good", {**scorer.settings, "good": "my_parts/good"}
+    scorer.save(tmp_path / "last.pt")
+    given = [tmp_path / "last.pt", *flags(trained, tmp_path)[1:]]
+    code, _, err = run_main(evaluate.main, given)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "trained by --good my_parts/good" in err
+    assert "--datapath and the class by --cls" in err
+    code, out, err = run_main(evaluate.main, [*given, "--cls", "widget"])
+    assert code == 0, err
+    assert "| widget | 2 (paper) |" in out

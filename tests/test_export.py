@@ -17,7 +17,8 @@ import export
 import predict
 from export import METADATA_KEY, OnnxScorer, digest_entry, export_onnx
 from model import PyramidFlow, PyramidFlowConfig
-from scorer import LEVELS, Calibration, ScoreOptions, Scorer, Thresholds, resize_image
+from scorer import ScoreOptions, Scorer
+from verdict import LEVELS, Calibration, Thresholds, resize_image
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -345,6 +346,9 @@ def with_metadata(proto, **changes):
         {"metrics": {"image_threshold": "x"}},
         {"metrics": None},
         {"calibration": {"x": 1}},
+        {"roi": "zz"},
+        {"roi": "00"},
+        {"roi": True},
     ],
 )
 def test_metadata_that_do_not_fit_the_graph_are_refused(tmp_path, run_main, changes):

@@ -15,7 +15,7 @@ import dataset
 import figures
 from dataset import IMAGENET_MEAN, IMAGENET_STD
 from metrics import METRICS, GroundTruth, Ranking
-from scorer import Scored, distribution
+from verdict import Scored, distribution
 
 pytestmark = pytest.mark.filterwarnings("error")
 SIZE = 32

@@ -78,7 +78,7 @@ def test_what_was_fitted_can_be_fitted_again_and_keeps_its_score(trained, tmp_pa
     data = ["--datapath", trained.data, "--out", tmp_path / "out", "--gpu", "cpu"]
     code, text, err = run_main(evaluate.main, [tmp_path / "b.pt", *data])
     assert code == 0, err
-    assert "| widget | n/a |" in text
+    assert "| widget | n/a (bank) |" in text
 
 
 def test_no_file_is_overwritten(trained, tmp_path, other, run_main):
@@ -118,3 +118,9 @@ def test_bad_flags(trained, tmp_path, other, run_main, extra, message):
     code, _, err = run(run_main, trained, other, tmp_path / "new.pt", *extra)
     assert (code, err.count("\n")) == (2, 1)
     assert message in err
+
+
+def test_fewer_images_than_templates_is_explained(trained, tmp_path, other, run_main):
+    code, text, err = run(run_main, trained, other, tmp_path / "new.pt", "--score", "bank")
+    assert code == 0, err
+    assert "score bank of 6 of 64 templates: the mean and all 5 images" in text

@@ -17,16 +17,9 @@ import predict
 import reproduce
 import train
 from dataset import AnomalyClass, hold_out, is_flat, load_masks, open_class, open_folders
-from scorer import (
-    LEVELS,
-    Calibration,
-    Scorer,
-    choose_thresholds,
-    load_checkpoint,
-    named_thresholds,
-    save_checkpoint,
-)
+from scorer import Scorer, load_checkpoint, save_checkpoint
 from util import Clock, InputError
+from verdict import LEVELS, Calibration, choose_thresholds, named_thresholds
 
 ONCE = [*SMALL[2:], "--epochs", 1]  # without --cls
 PIXELS = np.linspace(0, 1, len(LEVELS)).tolist()
@@ -132,7 +125,9 @@ def test_keys_of_trainings_stay():
     key = reproduce.training_key(flags)
     assert key == "af98193f"
     assert reproduce.training_key([*flags, "--holdout", "auto", "--falseAlarm", "0.05"]) == key
-    assert reproduce.training_key([*flags, "--holdout", "0.2"]) != key
+    assert reproduce.training_key([*flags, "--mapSize", "256", "--imageScore", "max"]) == key
+    for other in (["--holdout", "0.2"], ["--mapSize", "native"], ["--imageScore", "top"]):
+        assert reproduce.training_key([*flags, *other]) != key
 
 
 # --------------------------------------------------------------------------------- any folders

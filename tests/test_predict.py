@@ -428,7 +428,7 @@ def test_own_results_and_linked_folders_are_not_scored(trained, tmp_path, run_ma
         flags = ["--out", out, "--gpu", "cpu"]
         code, text, err = run_main(predict.main, [trained.checkpoint, folder, *flags])
         assert code == 0, err
-        assert text.startswith("1 images")
+        assert text.startswith("1 image, ")
     code, _, err = run_main(
         predict.main, [trained.checkpoint, tmp_path / "out", "--out", tmp_path / "b", "--gpu", "cpu"]
     )
@@ -513,3 +513,108 @@ def test_shards_are_parts_of_the_whole(trained, tmp_path, run_main):
     assert len(rows) == 6
     assert sorted(map(str, rows)) == sorted(map(str, table(tmp_path)))
     assert len({row["map"] for row in rows}) == 6
+
+
+# ------------------------------------------------------------------------------ what goes wrong
+
+
+def test_a_continued_prediction_says_what_its_report_does_not_show(
+    trained, tmp_path, run_main, monkeypatch
+):
+    original, count = predict.Writer.write, []
+
+    def write(self, *arguments):
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return original(self, *arguments)
+
+    monkeypatch.setattr(predict.Writer, "write", write)
+    assert run(run_main, trained, tmp_path, "--batchSize", 1)[0] == 130
+    done = len((tmp_path / "out" / predict.ROWS).read_text().splitlines())
+    assert done
+    code, _, err = run(run_main, trained, tmp_path, "--batchSize", 1, "--resume")
+    assert code == 0, err
+    html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert f"Not shown: {done} scored before" in html
+    data = html.split('<script type="application/json" id="data">')[1].split("</script>")[0]
+    tiles = json.loads(data)["tiles"]
+    assert sorted(tile["name"] for tile in tiles) == sorted(row["path"] for row in table(tmp_path))
+    assert sum(tile["pictures"] is None for tile in tiles) == done
+
+
+def test_the_report_leaves_out_what_is_not_the_part(trained, tmp_path, run_main, monkeypatch):
+    roi = np.zeros((64, 64), np.uint8)
+    roi[:, 40:] = 255
+    save_image(tmp_path / "roi.png", roi)
+    seen = []
+    monkeypatch.setattr(
+        "report.Report.add_prediction", lambda _, path, image, anomaly, *others: seen.append(anomaly)
+    )
+    assert run(run_main, trained, tmp_path, "--roi", tmp_path / "roi.png")[0] == 0
+    assert len(seen) == 6
+    for anomaly in seen:
+        assert (anomaly[:, :158] == anomaly.min()).all()
+
+
+def test_nothing_is_written_where_something_is_wrong(trained, tmp_path, run_main):
+    """Neither the template nor the results."""
+    template = tmp_path / "template.png"
+    (tmp_path / "out").write_text("mine")
+    code, _, err = run(run_main, trained, tmp_path, "--template", template)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is a file; choose a new folder" in err
+    assert not template.exists()
+    (tmp_path / "out").unlink()
+    template.write_text("mine")
+    code, _, err = run(run_main, trained, tmp_path, "--template", template)
+    assert code == 2
+    assert not (tmp_path / "out").exists()
+    code, out, err = run(run_main, trained, tmp_path, "--template", tmp_path / "new.png")
+    assert code == 0, err
+    assert (tmp_path / "new.png").is_file()
+    assert "6 images, " in out
+
+
+def test_a_folder_is_no_image(trained, tmp_path, run_main):
+    code, _, err = run(run_main, trained, tmp_path, "--roi", trained.data)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is a folder; give an image in it" in err
+    with pytest.raises(predict.InputError, match="is a folder; give an image in it"):
+        Scorer.load(trained.checkpoint).inspect(trained.data)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says so where there is none")
+def test_without_a_gpu_it_says_why_first(trained, tmp_path, run_main):
+    given = [trained.run, trained.data / "widget" / "test", "--out", tmp_path / "out"]
+    code, out, err = run_main(predict.main, given)
+    assert code == 0, err
+    assert out.startswith("no CUDA device (")
+
+
+@pytest.mark.parametrize("name", ["maps", "scores"])
+def test_what_is_no_number_is_no_verdict_anywhere(trained, tmp_path, run_main, monkeypatch, name):
+    """Whether a map or a score is the one."""
+    original = Scorer.score_latents
+
+    def broken(self, *arguments, **options):
+        found = original(self, *arguments, **options)
+        return found._replace(**{name: getattr(found, name) * torch.nan})
+
+    monkeypatch.setattr(Scorer, "score_latents", broken)
+    good = trained.data / "widget" / "train" / "good"
+    commands = {
+        predict.main: [trained.data / "widget" / "test", "--out", tmp_path / "out"],
+        evaluate.main: ["--datapath", trained.data, "--out", tmp_path / "evaluations"],
+        fit.main: [good, "--out", tmp_path / "new.pt"],
+    }
+    for main, arguments in commands.items():
+        code, _, err = run_main(main, [trained.checkpoint, *arguments, "--gpu", "cpu"])
+        assert (code, err.count("\n")) == (2, 1), err
+        assert "finite" in err
+        assert "--lr" not in err
+    assert not list(tmp_path.rglob("*.csv"))
+    assert not (tmp_path / "new.pt").exists()
+    assert not (tmp_path / "evaluations").exists()
+    with pytest.raises(predict.InputError, match="no finite score"):
+        Scorer.load(trained.checkpoint).inspect(np.zeros((8, 8, 3), np.uint8))

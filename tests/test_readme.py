@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 LARGEST_README = 13_000  # bytes: more belongs in docs/
-OTHERS_FLAGS = {"nproc_per_node"}  # torchrun's
+OTHERS_FLAGS = {"nproc_per_node", "scale"}  # of torchrun, and of tests/attack.py
 OTHERS_MODULES = {"pip", "pytest", "venv"}
 COMMAND = re.compile(
     r"python(?:3|\.exe)?\s+(?:-m\s+(?P<module>[\w.]+)|(?P<script>[\w/]+\.py))(?P<rest>[^`;#\n]*)"

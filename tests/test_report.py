@@ -18,7 +18,7 @@ import evaluate
 import predict
 import report
 from metrics import METRICS
-from scorer import Thresholds, distribution
+from verdict import Thresholds, distribution
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 BROWSER_FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",

@@ -12,24 +12,19 @@ import scorer as scorer_module
 from dataset import normalize
 from metrics import METRICS
 from model import PyramidFlow, PyramidFlowConfig
-from scorer import (
+from scorer import ScoreOptions, Scorer, batch_size, fit_all, gaussian, score_all
+from util import DivergedError, InputError
+from verdict import (
     LEVELS,
     Calibration,
     Defect,
     Scored,
-    ScoreOptions,
-    Scorer,
     Thresholds,
-    batch_size,
     choose_thresholds,
     distribution,
     find_defects,
-    fit_all,
-    gaussian,
     resize_roi,
-    score_all,
 )
-from util import DivergedError, InputError
 
 CONFIG = PyramidFlowConfig(
     encoder="none", num_level=3, num_stack=1, num_channel=4, kernel_size=3, image_size=(16, 32)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,6 +90,16 @@ def test_an_error_without_a_terminal(run_main, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     with pytest.raises(SystemExit):
         util.run_script(raising(InputError("no class")))
+
+
+def test_pillow_is_quiet_and_others_are_not(run_main):
+    def main():
+        for module in ("PIL.TiffImagePlugin", "numpy"):
+            warnings.warn_explicit("odd", UserWarning, "file.py", 1, module)
+
+    with pytest.warns(UserWarning, match="odd") as seen:
+        run_main(main, [])
+    assert len(seen) == 1
 
 
 def test_without_stdout_there_is_nothing_to_flush(monkeypatch):
