@@ -185,7 +185,7 @@ def test_training_in_another_precision(trained, tmp_path, device, precision):
     assert result["last"]["loss"] == pytest.approx(expected["last"]["loss"], rel=0.02)
 
 
-def test_a_run_of_the_cpu_is_resumed(trained, tmp_path, device, run_main):
+def test_a_run_is_resumed_elsewhere(trained, tmp_path, device, run_main):
     runs = [tmp_path / "there", tmp_path / "here"]
     for run, where in zip(runs, (device, CPU), strict=True):
         shutil.copytree(trained.run, run)
@@ -275,7 +275,7 @@ def random_images(count: int) -> Tensor:
 
 @pytest.mark.parametrize("contrast", ["latent", "composed"])
 @pytest.mark.parametrize("whiten", [True, False])
-def test_a_bank_scores_as_on_the_cpu(device, whiten, contrast):
+def test_a_bank_scores_alike_everywhere(device, whiten, contrast):
     """Templates, the calibration, which leaves each image out, maps, and the template as an image."""
     images, options = random_images(7), ScoreOptions("bank", 4, whiten, 1.0)
     scorers = [
@@ -366,9 +366,10 @@ train.main(sys.argv[1:])
 
 
 def test_one_process_of_a_group(trained, tmp_path, device):
-    """NCCL on CUDA."""
+    """NCCL on CUDA; in epochs of one step, after which no loss waits on the device."""
     (tmp_path / "alone.py").write_text(ALONE)
-    flags = [*SMALL, *at(device), "--datapath", trained.data, "--saveDir", tmp_path / "runs"]
+    own = ["--datapath", trained.data, "--saveDir", tmp_path / "runs", "--batchSize", 6]
+    flags = [*SMALL, *at(device), *own]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--master_port=0",
                "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", tmp_path / "alone.py", *flags]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -379,7 +380,7 @@ def test_one_process_of_a_group(trained, tmp_path, device):
     backend = "nccl" if device.type == "cuda" else "gloo"
     assert f"DistributedDataParallel joined by {backend}" in done.stdout
     (run,) = (tmp_path / "runs").iterdir()
-    assert_alike(run, trained.run)
+    assert_alike(run, train_at(device, trained.data, tmp_path / "plain", "--batchSize", 6))
 
 
 def test_a_tensor_that_does_not_fit_is_one_line(device, run_main):
