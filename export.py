@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import MASK_SIZE
+from fit import add_checkpoint
 from scorer import LARGEST, Scorer, gaussian, image_scores, latents_of, read_metrics
 from util import InputError, Parser, atomic_path, run_script
 from verdict import (
@@ -54,9 +55,7 @@ INSTALL = "pip install onnx onnxscript onnxruntime"
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument(
-        "checkpoint", type=Path, help="a .pt file of train.py or fit.py, or a run's folder"
-    )
+    add_checkpoint(parser)
     parser.add_argument("out", type=Path, help="file to write, new")
     parser.add_argument("--anyImageSize", action="store_true", help="resize images in the graph")
     add_threshold_flags(parser)

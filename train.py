@@ -36,10 +36,10 @@ from torch import Tensor, nn
 import dataset
 import figures
 import report
+import spectral
 import util
 from dataset import AnomalyClass, Augmentation, Images, TestImage, normalize, training_order
 from fit import add_score_flags, check_score_flags, options_of_flags, region_of_flags, with_map_size
-from kernels import STRIP_ROWS, pays_in_frequency_domain
 from metrics import (
     METRICS,
     TABLE_METRICS,
@@ -962,11 +962,9 @@ def convolution_bytes(
     weight, number_ = torch.empty(outputs, channels, k, k, dtype=dtype), torch.empty((), dtype=dtype)
     x = number_.expand(batch, own, height, width) if own else None
     small = number_.expand(batch, upsampled, height // 2, width // 2) if upsampled else None
-    if device.type == "cpu" and pays_in_frequency_domain(weight, x, small, stride):
-        positions, strips = STRIP_ROWS + k - 1, batch * -(-height // STRIP_ROWS)
-        spectrum = positions * strips * width * dtype.itemsize  # of one channel
-        kernel = positions * k * channels * outputs * dtype.itemsize
-        return kernel, spectrum * 3 // 2 * (outputs + channels) + 2 * kernel
+    way = spectral.choose_way(weight, x, small, stride) if device.type == "cpu" else "direct"
+    if way != "direct":
+        return spectral.memory_of(way, shape, channels, outputs, k, dtype.itemsize)
     folded = outputs * upsampled * (k + 1) ** 2 * dtype.itemsize  # the kernel for the upsampled map
     return folded + (dtype != torch.float32) * weight.nbytes, weight.nbytes
 

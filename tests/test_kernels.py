@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from kernels import MEMORY_FORMAT, basis, conv2d, from_spectrum, pays_in_frequency_domain, to_spectrum
+import spectral
+from kernels import MEMORY_FORMAT, conv2d
 from model import LaplacianPyramid
 
 
@@ -69,13 +70,19 @@ def test_the_layout_of_a_bank_puts_a_pixels_templates_side_by_side():
     assert laid_out.permute(2, 3, 0, 1).is_contiguous()
 
 
-@pytest.fixture(params=["direct", "frequency domain"])
+@pytest.fixture(params=spectral.WAYS)
 def way(request, monkeypatch):
-    """Either way of the convolution; beside it, strips as they are, or so short that there are many."""
-    other = request.param == "frequency domain"
-    monkeypatch.setattr(kernels, "pays_in_frequency_domain", lambda *given: other and given[3] == 1)
-    if other:
+    """Each way of the convolution; beside one, strips of pixels as they are, else so short that there are many."""
+    take(request.param, monkeypatch)
+    if request.param != "direct":
         monkeypatch.setattr(kernels, "STRIP_ELEMENTS", 48)
+
+
+def take(way, monkeypatch):
+    def choose(weight, x, upsampled, stride):
+        return "direct" if way == "strips" and stride > 1 else way
+
+    monkeypatch.setattr(kernels, "choose_way", choose)
 
 
 @pytest.mark.usefixtures("way")
@@ -135,73 +142,106 @@ def test_inside_torch_checkpoint():
     torch.testing.assert_close(torch.autograd.grad(recomputed.square().sum(), (x, weight)), plain)
 
 
-def test_float32_is_as_accurate_as_the_direct_convolution():
+@pytest.mark.parametrize(("way", "channels"), [("tiles", 64), ("strips", 32)])
+def test_float32_is_as_accurate_as_the_direct_convolution(way, channels, monkeypatch):
     torch.manual_seed(0)
-    x, weight = torch.randn(1, 64, 128, 128), torch.randn(64, 64, 7, 7)
-    assert pays_in_frequency_domain(weight, x, None, 1)
+    x, weight = torch.randn(1, channels, 256, 128), torch.randn(channels, channels, 7, 7)
+    monkeypatch.setattr(spectral, "cpu_features", lambda: [])
+    assert spectral.choose_way(weight, x, None, 1) == way
     exact = F.conv2d(x.double(), weight.double(), padding=3)
     error = (conv2d(weight, x) - exact).abs().max() / exact.abs().max()
     assert error < 3e-6
 
 
-@pytest.mark.parametrize(("dtype", "times_worse"), [(torch.float32, 1.2), (torch.bfloat16, 2)])
-def test_accuracy_beside_that_of_the_direct_convolution(dtype, times_worse, monkeypatch):
+@pytest.mark.parametrize(
+    ("way", "dtype", "times_worse"),
+    [
+        ("tiles", torch.float32, 1),
+        ("tiles", torch.bfloat16, 3),
+        ("strips", torch.float32, 1.2),
+        ("strips", torch.bfloat16, 2),
+    ],
+    ids=str,
+)
+def test_accuracy_beside_that_of_the_direct_convolution(way, dtype, times_worse, monkeypatch):
     torch.manual_seed(0)
     x, weight = torch.randn(1, 64, 64, 64), torch.randn(64, 64, 7, 7)
     exact = F.conv2d(x.double(), weight.double(), padding=3)
     errors = []
-    for chosen in (True, False):
-        monkeypatch.setattr(kernels, "pays_in_frequency_domain", lambda *_, chosen=chosen: chosen)
+    for chosen in (way, "direct"):
+        take(chosen, monkeypatch)
         errors.append((conv2d(weight.to(dtype), x.to(dtype)) - exact).norm() / exact.norm())
     assert errors[0] < times_worse * errors[1]
 
 
-def test_the_frequency_domain_is_for_large_maps_of_many_channels_on_the_cpu(monkeypatch):
-    def pays(size, channels, k=7, stride=1, dtype=torch.float32):
+def test_the_way_by_size_channels_and_precision(monkeypatch):
+    def way(size, channels, k=7, stride=1, dtype=torch.float32):
         weight = torch.empty(channels, channels, k, k, dtype=dtype, device="meta")
         x = torch.empty(2, channels, size, size, dtype=dtype, device="meta")
-        return pays_in_frequency_domain(_OnCpu(weight), x, None, stride)
+        return spectral.choose_way(_OnCpu(weight), x, None, stride)
 
     class _OnCpu:
         def __init__(self, tensor):
             self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, torch.device("cpu")
 
-    monkeypatch.setattr(kernels, "cpu_features", lambda: [])
-    assert pays(256, 128)
-    assert pays(256, 32)
-    assert not pays(8, 128)
-    assert not pays(256, 4)
-    assert not pays(256, 32, k=3)
-    assert not pays(64, 128, stride=2)
-    assert not pays(256, 128, dtype=torch.float64)
-    assert pays(256, 128, dtype=torch.bfloat16)
-    assert pays(256, 32, dtype=torch.bfloat16)
-    assert not pays(128, 32, dtype=torch.bfloat16)
-    monkeypatch.setattr(kernels, "cpu_features", lambda: ["AMX"])
-    assert not pays(256, 128, dtype=torch.bfloat16)
-    assert not pays_in_frequency_domain(torch.empty(8, 8, 7, 7, device="meta"), None, None, 1)
+    monkeypatch.setattr(spectral, "cpu_features", lambda: [])
+    assert way(256, 128) == way(256, 128, dtype=torch.bfloat16) == "tiles"
+    assert way(256, 32) == way(256, 32, dtype=torch.bfloat16) == "strips"
+    assert way(128, 32, dtype=torch.bfloat16) == "direct"
+    assert way(8, 128) == "direct"
+    assert way(256, 4) == "direct"
+    assert way(256, 32, k=3) == "direct"
+    assert way(64, 128, stride=2) == "direct"
+    assert way(256, 128, dtype=torch.float64) == "direct"
+    monkeypatch.setattr(spectral, "cpu_features", lambda: ["AMX"])
+    assert way(256, 128, dtype=torch.bfloat16) == "direct"
+    assert spectral.choose_way(torch.empty(8, 8, 7, 7, device="meta"), None, None, 1) == "direct"
 
 
 # ------------------------------------------------------------------------------- frequency domain
 
 
-@pytest.mark.parametrize("kind", ["input", "upsampled", "output"])
-def test_the_two_transforms_are_adjoint(kind):
+@pytest.mark.parametrize("kind", ["input", "upsampled", "output", "every second output", "kernel"])
+def test_the_two_transforms_of_tiles_are_adjoint(kind):
     torch.manual_seed(0)
-    by = basis(kind, 7, torch.float64)
-    x = torch.randn(2, 40, 20, 3, dtype=torch.float64)
-    spectrum = to_spectrum(x, by, by.matrix)
+    by = spectral.basis(kind, 7, torch.float64)
+    size = (2, 7, 7, 3) if kind == "kernel" else (2, 20, 40, 3)
+    x = torch.randn(size, dtype=torch.float64)
+    spectrum = spectral.to_spectrum(x, by)
     y = torch.randn_like(spectrum)
     torch.testing.assert_close(
-        (spectrum * y).sum(), (x * from_spectrum(y, by, torch.empty_like(x))).sum()
+        (spectrum * y).sum(), (x * spectral.from_spectrum(y, by, torch.empty_like(x))).sum()
+    )
+
+
+def test_a_spectrum_is_the_fourier_transform_of_the_tiles():
+    torch.manual_seed(0)
+    x = torch.randn(1, 16, 32, 2, dtype=torch.float64)
+    spectrum = spectral.to_spectrum(x, spectral.basis("input", 7, torch.float64))
+    assert spectrum.shape == (12, 2, 22, 4)
+    second_tile = F.pad(x, (0, 0, 3, 3, 3, 3))[0, :22, 16:38]
+    expected = torch.fft.rfft2(second_tile, dim=(1, 0))
+    torch.testing.assert_close(spectrum[:, 1, :, :2], expected.real)
+    torch.testing.assert_close(spectrum[:, 1, :, 2:], expected.imag)
+
+
+@pytest.mark.parametrize("kind", ["input", "upsampled", "output"])
+def test_the_two_transforms_of_strips_are_adjoint(kind):
+    torch.manual_seed(0)
+    by = spectral.strip_basis(kind, 7, torch.float64)
+    x = torch.randn(2, 40, 20, 3, dtype=torch.float64)
+    spectrum = spectral.strips_to_spectrum(x, by, by.matrix)
+    y = torch.randn_like(spectrum)
+    torch.testing.assert_close(
+        (spectrum * y).sum(), (x * spectral.strips_from_spectrum(y, by, torch.empty_like(x))).sum()
     )
 
 
 def test_a_spectrum_is_the_fourier_transform_of_the_strips():
     torch.manual_seed(0)
     x = torch.randn(1, 64, 8, 2, dtype=torch.float64)
-    by = basis("input", 7, torch.float64)
-    spectrum, factor = (to_spectrum(x, by, matrix) for matrix in (by.matrix, by.factor))
+    by = spectral.strip_basis("input", 7, torch.float64)
+    spectrum, factor = (spectral.strips_to_spectrum(x, by, matrix) for matrix in (by.matrix, by.factor))
     assert spectrum.shape == (38, 2, 8, 2)
     assert factor.shape == (56, 2, 8, 2)
     second_strip = F.pad(x, (0, 0, 0, 0, 3, 3))[0, 32:70]
@@ -216,7 +256,7 @@ def test_a_spectrum_is_the_fourier_transform_of_the_strips():
 @pytest.mark.parametrize("k", [1, 3, 5, 7, 9])
 @pytest.mark.parametrize("size", [(32, 32), (64, 48), (40, 24), (20, 36)])
 def test_strips_of_any_number_and_height(k, size, monkeypatch):
-    monkeypatch.setattr(kernels, "pays_in_frequency_domain", lambda *_: True)
+    take("strips", monkeypatch)
     height, width = size
     x, upsampled = random(2, 4, height, width), random(2, 3, height // 2, width // 2)
     weight = random(5, 7, k, k)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
+import spectral
 from autoFlow import SequentialNet
 from model import (
     CouplingBlock,
@@ -266,14 +267,12 @@ class OtherLayouts(TorchDispatchMode):
 @pytest.mark.parametrize("save_memory", [True, False])
 @pytest.mark.parametrize("volume_norm", ["CVN", "SVN", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("way", ["direct", "frequency domain"])
+@pytest.mark.parametrize("way", spectral.WAYS)
 def test_one_memory_format_from_the_images_to_the_anomaly_maps(
     way, dtype, volume_norm, save_memory, monkeypatch
 ):
     """Also of all gradients: a copy into another layout, or work on one, takes longer than the work itself."""
-    monkeypatch.setattr(
-        kernels, "pays_in_frequency_domain", lambda *given: way == "frequency domain" and given[3] == 1
-    )
+    monkeypatch.setattr(kernels, "choose_way", lambda *given: way if given[3] == 1 else "direct")
     model = small_model(
         num_level=4, num_stack=1, volume_norm=volume_norm, image_size=(64, 64), save_memory=save_memory
     ).float()

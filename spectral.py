@@ -1,0 +1,545 @@
+"""Convolutions of large maps through the frequency domain, on the CPU: two ways beside the direct one.
+
+`kernels.conv2d` takes the way that `choose_way` finds fastest; each equals the formula, `kernels.plain_conv2d`.
+Maps are cut, transformed together with the margin that their outputs need, multiplied by the kernel's
+transform, and transformed back (overlap-save).  All of it is matrix products and ordinary convolutions.
+
+tiles: 16x16 outputs, transformed both ways.  A fifth of the work at k = 7, where channels are many.
+strips: 32 rows of outputs, transformed down the columns; along the rows the convolution is direct.  A third of
+    the work, where channels are few.
+
+In float32 rounding errors are those of the direct way; in bfloat16 they are 2 and 1.7 times as large, as every
+stage rounds.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from util import cpu_features
+
+WAYS = ("direct", "tiles", "strips")
+TILE = 16  # outputs along one side of a tile
+STRIP_ROWS = 32  # of outputs
+
+# Time, in multiply-adds of a direct convolution that take as long; measured.
+TILE_MIXING, STRIP_MIXING = 6.6, 1.4  # per output, input and output channel; and, of strips, tap
+TILE_TRANSFORMS, STRIP_TRANSFORMS = 550, 200  # per output and channel on either side
+KERNEL_TRANSFORM = 150_000  # per input channel and output channel, however large the map
+BFLOAT16_WORTH = {
+    "direct": 1.0,
+    "tiles": 1.5,
+    "strips": 1.25,
+}  # times faster it has to be, as it rounds more
+
+
+def choose_way(weight: Tensor, x: Tensor | None, upsampled: Tensor | None, stride: int) -> str:
+    """The fastest way of `kernels.conv2d` for this device, precision and size, one of `WAYS`."""
+    if weight.device.type != "cpu" or torch.compiler.is_compiling():
+        return "direct"
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return "direct"
+    if weight.dtype == torch.bfloat16 and "AMX" in cpu_features():  # it speeds up the direct way alone
+        return "direct"
+    outputs = x[:, :1].numel() if x is not None else 4 * upsampled[:, :1].numel()
+    o, i, k, _ = weight.shape
+    own, other = (0 if y is None else y.shape[1] for y in (x, upsampled))
+    reach = 2 * ((k // 2 + 1) // 2) + 1  # taps of the small map
+    taps = (2 * (STRIP_ROWS + k) - 4) / STRIP_ROWS * (own * k + other * reach) * o
+    kernel = i * o * KERNEL_TRANSFORM
+    times = {
+        "direct": outputs / stride**2 * o * (own * k**2 + other * (k + 1) ** 2 / 3),
+        "tiles": outputs * (i * o * TILE_MIXING + (i + o) * TILE_TRANSFORMS) + kernel,
+        "strips": outputs * (taps * STRIP_MIXING + (i + o) * STRIP_TRANSFORMS) + kernel,
+    }
+    if stride > 1:
+        del times["strips"]
+    if weight.dtype == torch.bfloat16:
+        times = {way: time * BFLOAT16_WORTH[way] for way, time in times.items()}
+    return min(times, key=times.get)
+
+
+def convolve(
+    way: str, kinds: Sequence[str], stride: int, maps: Sequence[Tensor], weights: Sequence[Tensor]
+) -> Tensor:
+    """Sum of the convolutions of maps (B,I,H,W), each with its weight (O,I,k,k) -> (B,O,H/stride,W/stride).
+
+    Args:
+        way: "tiles", or "strips" with stride 1.
+        kinds: of each map, "input" or "upsampled": of half the size.
+    """
+    if way == "tiles":
+        return _TileConvolution.apply(tuple(kinds), stride, *maps, *weights)
+    kernels = map(kernel_spectrum, weights, kinds)
+    return _StripConvolution.apply(tuple(kinds), weights[0].shape[-1], *maps, *kernels)
+
+
+def memory_of(
+    way: str, shape: tuple[int, int, int], channels: int, outputs: int, k: int, itemsize: int
+) -> tuple[int, int]:
+    """What a convolution keeps beside the maps for its gradient, and what that takes for a while; bytes.
+
+    Args:
+        way: "tiles" or "strips".
+        shape: (B,H,W) of the input.
+        channels: of the input.
+    """
+    batch, height, width = shape
+    if way == "tiles":
+        positions = TILE + k - 1
+        numbers = positions * (positions // 2 + 1) * itemsize
+        spectrum = 2 * numbers * batch * -(-height // TILE) * -(-width // TILE)
+        kernel = 4 * numbers * channels * outputs
+        return spectrum * channels + kernel, 3 * spectrum * max(channels, outputs) + 2 * kernel
+    positions = STRIP_ROWS + k - 1
+    spectrum = positions * batch * -(-height // STRIP_ROWS) * width * itemsize
+    kernel = positions * k * channels * outputs * itemsize
+    return kernel, spectrum * 3 // 2 * (outputs + channels) + 2 * kernel
+
+
+def sampling(kind: str, k: int, outputs: int) -> tuple[Tensor, int, int]:
+    """How the samples of a kind stand for the T = outputs + k - 1 positions of a piece, along one axis.
+
+    "input": what a piece of outputs needs.  "upsampled": likewise, where a sample stands for two positions.
+    "output": a piece of outputs.  "every second output": half of them.  "kernel": the taps, in one piece.
+
+    Returns:
+        (T,n) of 0 and 1; the first sample of the first piece, and of how many the next begins later.
+    """
+    positions, radius = outputs + k - 1, k // 2
+    place = torch.arange(positions)
+    start, stride, last = {
+        "input": (-radius, outputs, positions),
+        "upsampled": (-radius // 2, outputs // 2, positions),
+        "output": (0, outputs, outputs),
+        "every second output": (0, outputs // 2, outputs),
+        "kernel": (0, k, k),
+    }[kind]
+    sample = place
+    if kind == "upsampled":
+        sample = (place - radius).div(2, rounding_mode="floor") - start
+    elif kind == "every second output":
+        sample = torch.where(place % 2 == 0, place // 2, -1)
+    sample = torch.where(place < last, sample, -1)
+    return (sample[:, None] == torch.arange(int(sample.max()) + 1)).double(), start, stride
+
+
+# ------------------------------------------------------------------------------------- tiles
+#
+# With maps (B,H,W,C), T = 15 + k and F = T // 2 + 1, a spectrum is (F, tiles, T, 2C): half of the vertical
+# frequencies, the tiles of all images, all horizontal frequencies, real parts and then imaginary parts of
+# the channels.  `to_spectrum` and `from_spectrum` with the same basis are adjoint; the convolution, its
+# gradients, and the transform of its kernel are made of these two and of products over channels.
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Discrete Fourier transform of tiles along one axis, whose samples stand for some of T positions.
+
+    Tile j holds the samples `start + j * stride` to `start + j * stride + n - 1`; those outside the map
+    are zero.
+
+    Attributes:
+        half: (2F,n), real samples to real parts and then imaginary parts of frequencies 0..F-1.
+        full: (2T,2n), complex samples (real parts, then imaginary parts) to all frequencies, real and
+            imaginary part alternating.
+    """
+
+    half: Tensor
+    full: Tensor
+    start: int
+    stride: int
+
+    @property
+    def length(self) -> int:
+        return self.half.shape[1]
+
+    def count(self, size: int) -> int:
+        """Tiles over `size` samples."""
+        return -(-size // self.stride)
+
+    def tiles(self, size: int) -> Iterator[tuple[int, slice, slice]]:
+        """(number, samples inside the map, their places in the tile) of each tile."""
+        for j in range(self.count(size)):
+            first = self.start + j * self.stride
+            begin, end = max(first, 0), min(first + self.length, size)
+            yield j, slice(begin, end), slice(begin - first, end - first)
+
+
+@functools.lru_cache(maxsize=64)
+def basis(kind: str, k: int, dtype: torch.dtype) -> Basis:
+    """The basis of a kind of `sampling`; "output" is scaled so that `from_spectrum` is the inverse transform."""
+    spread, start, stride = sampling(kind, k, TILE)
+    positions, place = len(spread), torch.arange(len(spread))
+    angle = (place[:, None] * place % positions).double() * (-2 * math.pi / positions)
+    cos, sin = angle.cos() @ spread, angle.sin() @ spread
+    count = positions // 2 + 1
+    scale_half, scale_full = torch.ones(count, 1, dtype=torch.float64), 1.0
+    if "output" in kind:  # the other half of the frequencies is the conjugate of this one
+        twice = (place[:count] > 0) & (2 * place[:count] < positions)
+        scale_half, scale_full = (1 + twice.double()[:, None]) / positions, 1 / positions
+    half = torch.cat([cos[:count] * scale_half, sin[:count] * scale_half])
+    real, imaginary = torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)
+    full = scale_full * torch.cat([real, imaginary], dim=2).flatten(0, 1)
+    return Basis(half.to(dtype), full.to(dtype), start, stride)
+
+
+def to_spectrum(x: Tensor, by: Basis) -> Tensor:
+    """(B,H,W,C) -> (F, tiles, T, 2C)."""
+    batch, height, width, channels = x.shape
+    down, across = by.count(height), by.count(width)
+    padded = (across - 1) * by.stride + by.length
+    rows = x.new_zeros(len(by.half), batch, down, padded * channels)
+    inside = slice(-by.start * channels, (width - by.start) * channels)
+    for b in range(batch):
+        for j, samples, places in by.tiles(height):
+            strip = x[b, samples].view(-1, width * channels)
+            torch.mm(by.half[:, places], strip, out=rows[:, b, j, inside])
+    frequencies = len(by.half) // 2
+    count = frequencies * batch * down
+    overlapping = rows.as_strided(
+        (count, across, 2, by.length, channels),
+        (padded * channels, by.stride * channels, count * padded * channels, channels, 1),
+    )
+    windows = overlapping.reshape(-1, 2 * by.length, channels)
+    spectrum = torch.bmm(by.full.expand(len(windows), -1, -1), windows)
+    return spectrum.view(frequencies, batch * down * across, -1, 2 * channels)
+
+
+def from_spectrum(spectrum: Tensor, by: Basis, out: Tensor) -> Tensor:
+    """(F, tiles, T, 2C) -> `out` (B,H,W,C), contiguous; the adjoint of `to_spectrum`."""
+    batch, height, width, channels = out.shape
+    down, across = by.count(height), by.count(width)
+    padded = (across - 1) * by.stride + by.length
+    count = len(spectrum) * batch * down
+    windows = spectrum.reshape(-1, len(by.full), channels)
+    windows = torch.bmm(by.full.T.expand(len(windows), -1, -1), windows)
+    windows = windows.view(count, across, 2, by.length, channels).permute(2, 0, 1, 3, 4)
+    apart = by.length == by.stride  # tiles that overlap add up
+    rows = windows if apart else spectrum.new_zeros(2, count, padded, channels)
+    for j in range(0 if apart else across):
+        rows[:, :, j * by.stride : j * by.stride + by.length] += windows[:, :, j]
+    rows = rows.reshape(len(by.half), batch, down, padded * channels)
+    inside = slice(-by.start * channels, (width - by.start) * channels)
+    if not apart:
+        out.zero_()
+    for b in range(batch):
+        for j, samples, places in by.tiles(height):
+            strip = out[b, samples].view(-1, width * channels)
+            torch.addmm(strip, by.half[:, places].T, rows[:, b, j, inside], beta=1 - apart, out=strip)
+    return out
+
+
+def mixing_of(kernel: Tensor) -> Tensor:
+    """(k,k,I,O) -> (F,T,2I,2O): real matrices that multiply by the conjugate of the kernel's spectrum."""
+    k, _, i, o = kernel.shape
+    spectrum = to_spectrum(kernel.reshape(1, k, k, i * o), basis("kernel", k, kernel.dtype))
+    real, imaginary = spectrum[:, 0].unflatten(-1, (2, i, o)).unbind(2)
+    mixing = kernel.new_empty(*real.shape[:2], 2 * i, 2 * o)
+    mixing[..., :i, :o] = mixing[..., i:, o:] = real
+    mixing[..., i:, :o] = imaginary
+    torch.neg(imaginary, out=mixing[..., :i, o:])
+    return mixing
+
+
+def kernel_gradient(mixing_gradient: Tensor, kernel_shape: tuple[int, int, int, int]) -> Tensor:
+    """Adjoint of `mixing_of`."""
+    k, _, i, o = kernel_shape
+    top, bottom = mixing_gradient.split(i, dim=-2)
+    real = top[..., :o] + bottom[..., o:]
+    imaginary = bottom[..., :o] - top[..., o:]
+    spectrum = torch.stack([real, imaginary], dim=2)[:, None]
+    taps = spectrum.new_empty(1, k, k, i * o)
+    return from_spectrum(spectrum, basis("kernel", k, spectrum.dtype), taps).view(kernel_shape)
+
+
+class _TileConvolution(torch.autograd.Function):
+    """Sum of the convolutions of maps (B,I,H,W), each with its kernel (O,I,k,k) -> (B,O,H,W)."""
+
+    @staticmethod
+    def forward(ctx, kinds: tuple[str, ...], stride: int, *maps_and_kernels: Tensor) -> Tensor:
+        maps = [x.permute(0, 2, 3, 1) for x in maps_and_kernels[: len(kinds)]]
+        kernels = [x.permute(2, 3, 1, 0) for x in maps_and_kernels[len(kinds) :]]
+        k, dtype = kernels[0].shape[0], maps[0].dtype
+        spectra, mixings, mixed = [], [], None
+        for kind, x, kernel in zip(kinds, maps, kernels, strict=True):
+            spectra.append(to_spectrum(x.contiguous(), basis(kind, k, dtype)))
+            mixings.append(mixing_of(kernel))
+            mixed = _by_channels(spectra[-1], mixings[-1], mixed)
+        ctx.save_for_backward(*spectra, *mixings)
+        ctx.kinds, ctx.shapes = kinds, [(x.shape, y.shape) for x, y in zip(maps, kernels, strict=True)]
+        ctx.kernel_strides = [torch.empty_like(kernel, device="meta").stride() for kernel in kernels]
+        ctx.out_kind = "output" if stride == 1 else "every second output"
+        batch, height, width, _ = maps[0].shape
+        scale = 2 if kinds[0] == "upsampled" else 1
+        height, width = height * scale // stride, width * scale // stride
+        # No view: autograd would copy the gradient of one that is changed in place, into another layout.
+        size = (batch, kernels[0].shape[-1], height, width)
+        y = torch.empty(size, dtype=dtype, device=mixed.device, memory_format=torch.channels_last)
+        from_spectrum(mixed, basis(ctx.out_kind, k, dtype), y.permute(0, 2, 3, 1))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        count = len(ctx.kinds)
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
+        grad = grad.permute(0, 2, 3, 1).contiguous()
+        k = ctx.shapes[0][1][0]
+        grad = to_spectrum(grad, basis(ctx.out_kind, k, grad.dtype))
+        grads = [None] * (2 * count)
+        for n, (map_shape, kernel_shape) in enumerate(ctx.shapes):
+            spectrum, mixing = saved[n], saved[count + n]
+            if ctx.needs_input_grad[2 + n]:
+                by_channels = _by_channels(grad, mixing.mT)
+                map_grad = grad.new_empty(map_shape)
+                from_spectrum(by_channels, basis(ctx.kinds[n], k, grad.dtype), map_grad)
+                grads[n] = map_grad.permute(0, 3, 1, 2)
+            if ctx.needs_input_grad[2 + count + n]:
+                by_tiles = torch.empty_like(mixing)
+                for x, y, out in zip(spectrum, grad, by_tiles, strict=True):
+                    torch.bmm(x.permute(1, 2, 0), y.transpose(0, 1), out=out)
+                # Laid out as the kernel, or autograd would copy it, and keep both for a while.
+                kernel_grad = torch.empty_strided(kernel_shape, ctx.kernel_strides[n], dtype=grad.dtype)
+                kernel_grad.copy_(kernel_gradient(by_tiles, kernel_shape))
+                grads[count + n] = kernel_grad.permute(3, 2, 0, 1)
+        return None, None, *grads
+
+
+def _by_channels(spectrum: Tensor, mixing: Tensor, into: Tensor | None = None) -> Tensor:
+    """(F, tiles, T, 2I) times (F,T,2I,2O) -> (F, tiles, T, 2O), added to `into`."""
+    out = spectrum.new_empty(*spectrum.shape[:3], mixing.shape[-1]) if into is None else into
+    for x, matrix, y in zip(spectrum, mixing, out.transpose(1, 2), strict=True):
+        if into is None:
+            torch.bmm(x.transpose(0, 1), matrix, out=y)
+        else:
+            torch.baddbmm(y, x.transpose(0, 1), matrix, out=y)
+    return out
+
+
+# ------------------------------------------------------------------------------------ strips
+#
+# Of maps (B,H,W,C) a spectrum is (T, strips, W, C), real, with T = 31 + k: frequencies 0 and T/2, and then the
+# real and the imaginary part of each one between.  In a factor, (3T/2-1, strips, W, C), the negative real part
+# follows as a third: then a product of complex numbers is a convolution across the parts (see `_taps`).
+# `strips_to_spectrum` and `strips_from_spectrum` with the same basis are adjoint; the convolution and its
+# gradients are made of them, of `_multiply` and of `_multiply_gradient`.
+
+
+@dataclass(frozen=True)
+class StripBasis:
+    """Discrete Fourier transform of strips of rows, whose samples stand for some of T positions.
+
+    Strip j holds the samples `start + j * stride` to `start + j * stride + n - 1`; those outside the map
+    are zero.
+
+    Attributes:
+        matrix: (T,n), samples to a spectrum.
+        factor: (3T/2-1,n), samples to a factor.
+    """
+
+    matrix: Tensor
+    factor: Tensor
+    start: int
+    stride: int
+
+    def count(self, size: int) -> int:
+        """Strips over `size` samples."""
+        return -(-size // self.stride)
+
+    def strips(self, batch: int, size: int) -> Iterator[tuple[int, int, slice, slice]]:
+        """(number, image, samples inside the map, their places in the strip) of each strip."""
+        for number, (image, j) in enumerate(itertools.product(range(batch), range(self.count(size)))):
+            first = self.start + j * self.stride
+            begin, end = max(first, 0), min(first + self.matrix.shape[1], size)
+            yield number, image, slice(begin, end), slice(begin - first, end - first)
+
+
+@functools.lru_cache(maxsize=64)
+def strip_basis(kind: str, k: int, dtype: torch.dtype) -> StripBasis:
+    """The basis of a kind of `sampling`; "output" is scaled so that `strips_from_spectrum` is the inverse."""
+    spread, start, stride = sampling(kind, k, STRIP_ROWS)
+    positions = len(spread)
+    matrix = fourier_matrix(positions, positions) @ spread
+    if kind == "output":
+        matrix[2:] *= 2  # a frequency between stands for its conjugate, too
+        matrix /= positions
+    real, imaginary = matrix[2::2], matrix[3::2]
+    factor = torch.cat([matrix[:2], torch.stack([real, imaginary, -real], 1).flatten(0, 1)])
+    return StripBasis(matrix.to(dtype), factor.to(dtype), start, stride)
+
+
+def fourier_matrix(positions: int, count: int) -> Tensor:
+    """(T,n) float64: the first n of T samples, T even, to their spectrum."""
+    between = torch.arange(1, positions // 2).repeat_interleave(2)
+    frequencies = torch.cat([torch.tensor([0, positions // 2]), between])
+    angle = (frequencies[:, None] * torch.arange(count) % positions).double() * (2 * math.pi / positions)
+    matrix = angle.cos()
+    matrix[3::2] = -angle[3::2].sin()
+    return matrix
+
+
+def strips_to_spectrum(x: Tensor, by: StripBasis, matrix: Tensor) -> Tensor:
+    """(B,H,W,C) -> (P, strips, W, C), by one of the basis's matrices (P,n)."""
+    batch, height, width, channels = x.shape
+    spectrum = x.new_empty(len(matrix), batch * by.count(height), width * channels)
+    for number, image, samples, places in by.strips(batch, height):
+        rows = x[image, samples].view(-1, width * channels)
+        torch.mm(matrix[:, places], rows, out=spectrum[:, number])
+    return spectrum.view(*spectrum.shape[:2], width, channels)
+
+
+def strips_from_spectrum(spectrum: Tensor, by: StripBasis, out: Tensor) -> Tensor:
+    """(T, strips, W, C) -> `out` (B,H,W,C), contiguous; the adjoint of `strips_to_spectrum` by `by.matrix`."""
+    batch, height, width, channels = out.shape
+    apart = by.matrix.shape[1] == by.stride  # strips that overlap add up
+    if not apart:
+        out.zero_()
+    for number, image, samples, places in by.strips(batch, height):
+        rows, parts = out[image, samples].view(-1, width * channels), spectrum[:, number].flatten(1)
+        torch.addmm(rows, by.matrix[:, places].T, parts, beta=1 - apart, out=rows)
+    return out
+
+
+def kernel_spectrum(weight: Tensor, kind: str) -> Tensor:
+    """(O,I,k,k) -> (T,O,I,k): the conjugate spectrum of the columns; the rows are taps of a direct convolution.
+
+    Of an "upsampled" map -> (T,2O,I,k'): two neighboring outputs count as one pixel with twice the channels,
+    which then has a direct convolution of the small map.
+    """
+    k, rows = weight.shape[-1], weight.to(torch.promote_types(weight.dtype, torch.float32)).movedim(2, 0)
+    matrix = fourier_matrix(STRIP_ROWS + k - 1, k)
+    matrix[3::2] *= -1
+    spectrum = (matrix.to(rows) @ rows.flatten(1)).view(-1, *rows.shape[1:])
+    if kind == "upsampled":
+        spectrum = torch.einsum("emq,toiq->teoim", pair_taps(k).to(rows), spectrum).flatten(1, 2)
+    return spectrum.to(weight.dtype)
+
+
+def pair_taps(k: int) -> Tensor:
+    """(2,k',k) of 0 and 1: whether output e of a pair meets, at tap q, the pixel of tap m of the small map."""
+    reach = (k // 2 + 1) // 2
+    e, m, q = torch.meshgrid(
+        torch.arange(2), torch.arange(2 * reach + 1), torch.arange(k), indexing="ij"
+    )
+    return ((e + q - k // 2).div(2, rounding_mode="floor") == m - reach).double()
+
+
+class _StripConvolution(torch.autograd.Function):
+    """Sum of the convolutions of maps (B,I,H,W), each with its kernel's spectrum -> (B,O,H,W)."""
+
+    @staticmethod
+    def forward(ctx, kinds: tuple[str, ...], k: int, *maps_and_kernels: Tensor) -> Tensor:
+        maps, kernels = maps_and_kernels[: len(kinds)], maps_and_kernels[len(kinds) :]
+        ctx.save_for_backward(*maps_and_kernels)
+        ctx.kinds, ctx.k = kinds, k
+        product = None
+        for kind, x, kernel in zip(kinds, maps, kernels, strict=True):
+            product = _multiply(_factor(x, kind, k, kernel.shape[2]), kernel, product)
+        batch, _, height, width = maps[0].shape
+        scale = 2 if kinds[0] == "upsampled" else 1
+        # No view: autograd would copy the gradient of one that is changed in place, into another layout.
+        size = (batch, kernels[0].shape[1] // scale, height * scale, width * scale)
+        y = torch.empty(
+            size, dtype=product.dtype, device=product.device, memory_format=torch.channels_last
+        )
+        return _to_map(product, "output", k, y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        count, saved = len(ctx.kinds), ctx.saved_tensors  # once: checkpoint gives them no second time
+        factor = _factor(grad, "output", ctx.k, grad.shape[1])
+        grads = [None] * (2 * count)
+        for n, kind in enumerate(ctx.kinds):
+            x, kernel = saved[n], saved[count + n]
+            grad_factor = factor.view(*factor.shape[:2], -1, kernel.shape[1])
+            if ctx.needs_input_grad[2 + n]:
+                product = _multiply(grad_factor, _adjoint(kernel))
+                grads[n] = _to_map(
+                    product, kind, ctx.k, torch.empty_like(x, memory_format=torch.channels_last)
+                )
+            if ctx.needs_input_grad[2 + count + n]:
+                factor_x = _factor(x, kind, ctx.k, kernel.shape[2])
+                grads[count + n] = _multiply_gradient(factor_x, grad_factor, kernel)
+        return None, None, *grads
+
+
+def _factor(x: Tensor, kind: str, k: int, channels: int) -> Tensor:
+    """(B,C,H,W) -> (3T/2-1, strips, W, C), seen with so many channels."""
+    by = strip_basis(kind, k, x.dtype)
+    factor = strips_to_spectrum(x.permute(0, 2, 3, 1).contiguous(), by, by.factor)
+    return factor.view(*factor.shape[:2], -1, channels)
+
+
+def _to_map(spectrum: Tensor, kind: str, k: int, out: Tensor) -> Tensor:
+    """(T, strips, W, C) -> `out` (B,C,H,W), the spectrum seen with its channels."""
+    rows = out.permute(0, 2, 3, 1)
+    strips_from_spectrum(
+        spectrum.view(*spectrum.shape[:2], *rows.shape[2:]), strip_basis(kind, k, out.dtype), rows
+    )
+    return out
+
+
+def _frequencies(positions: int) -> Iterator[tuple[slice, slice]]:
+    """Where each frequency's parts are in a factor, and in a spectrum of T positions."""
+    yield from ((slice(f, f + 1), slice(f, f + 1)) for f in (0, 1))
+    for f in range(1, positions // 2):
+        yield slice(3 * f - 1, 3 * f + 2), slice(2 * f, 2 * f + 2)
+
+
+def _taps(kernel: Tensor) -> list[Tensor]:
+    """A kernel's spectrum (T,O,I,k) -> taps (O,I,1 or 2,k) of each frequency, which multiply across the parts.
+
+    Of (a, b, -a) the taps (c, -d) make (ac - bd, bc + ad), which is (a + bi)(c + di).
+    """
+    between = kernel[2:].unflatten(0, (-1, 2)) * kernel.new_tensor([1, -1]).view(2, 1, 1, 1)
+    taps = [*kernel[:2, None], *between]
+    return [x.permute(1, 0, 3, 2).contiguous().permute(0, 3, 1, 2) for x in taps]
+
+
+def _parts(x: Tensor) -> Tensor:
+    """(P, strips, W, C) -> (1, C, P * strips, W): the parts below each other."""
+    return x.flatten(0, 1)[None].permute(0, 3, 1, 2)
+
+
+def _multiply(factor: Tensor, kernel: Tensor, into: Tensor | None = None) -> Tensor:
+    """A factor (P, strips, W, I) times a kernel's spectrum (T,O,I,k) -> (T, strips, W, O), added to `into`."""
+    (_, strips, width, _), (positions, channels, _, k) = factor.shape, kernel.shape
+    out = factor.new_empty(positions, strips, width, channels)
+    for (parts, to), taps in zip(_frequencies(positions), _taps(kernel), strict=True):
+        y = F.conv2d(_parts(factor[parts]), taps, padding=(0, k // 2), dilation=(strips, 1))
+        out[to] = y[0].permute(1, 2, 0).view(out[to].shape)
+    return out if into is None else into.add_(out.view(into.shape))
+
+
+def _multiply_gradient(factor: Tensor, grad_factor: Tensor, kernel: Tensor) -> Tensor:
+    """The gradient of the kernel's spectrum, of factors (P, strips, W, I) and (P, strips, W, O)."""
+    strips, k = factor.shape[1], kernel.shape[-1]
+    grad = torch.empty_like(kernel)
+    for (parts, to), taps in zip(_frequencies(len(kernel)), _taps(kernel), strict=True):
+        grad_parts = grad_factor[parts.start : parts.start + taps.shape[2]]
+        _, grad_taps, _ = torch.ops.aten.convolution_backward(
+            _parts(grad_parts), _parts(factor[parts]), taps, None,
+            stride=[1, 1], padding=[0, k // 2], dilation=[strips, 1], transposed=False, output_padding=[0, 0],
+            groups=1, output_mask=[False, True, False],
+        )  # fmt: skip
+        grad[to] = grad_taps.permute(2, 0, 1, 3)
+    grad[3::2] *= -1  # the sign in `_taps`
+    return grad
+
+
+def _adjoint(kernel: Tensor) -> Tensor:
+    """The spectrum (T,I,O,k) by which a gradient is multiplied, of a kernel's (T,O,I,k)."""
+    adjoint = kernel.transpose(1, 2).flip(-1)
+    adjoint[3::2] *= -1
+    return adjoint
