@@ -51,10 +51,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import operator
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -71,6 +73,8 @@ __all__ = [
 
 Tensors = tuple[Tensor, ...]
 LogDets = Tensors | None
+Around = Callable[[Sequence["InvertibleModule"], bool], AbstractContextManager]
+NOTHING = contextlib.nullcontext()
 
 
 # ------------------------------------------------------------------------------------ modules
@@ -218,10 +222,18 @@ class CouplingModule(InvertibleModule):
 
 
 class _Chain(InvertibleModule):
-    """Modules one after the other; `chain[i]`, `len(chain)` and iteration as in nn.Sequential."""
+    """Modules one after the other; `chain[i]`, `len(chain)` and iteration as in nn.Sequential.
 
-    def __init__(self, *modules: InvertibleModule):
+    Args:
+        modules: the blocks, in forward order.
+        around: gives a context, of the modules and of whether they are inverted, in which each pass over them
+            runs: what they have in common can be computed there at once.  A backward pass that rebuilds the
+            inputs inverts what it went through.
+    """
+
+    def __init__(self, *modules: InvertibleModule, around: Around = lambda modules, reverse: NOTHING):
         super().__init__()
+        self._around = around
         for i, module in enumerate(modules):
             if not isinstance(module, InvertibleModule):
                 raise TypeError(f"module {i} is a {type(module).__name__}, not an InvertibleModule")
@@ -240,16 +252,20 @@ class _Chain(InvertibleModule):
         modules = list(self._modules.items())  # named_children() would skip repetitions
         return modules[::-1] if reverse else modules
 
+    def _run_plainly(self, values: Tensors, logdets: LogDets, reverse: bool):
+        with self._around(list(self), reverse):
+            return _run(self._in_order(reverse), tuple(values), logdets, reverse)
+
 
 class SequentialNet(_Chain):
     """The chain under plain autograd: every activation is stored.  For comparison, for second-order
     gradients, and where memory does not matter."""
 
     def forward(self, inputs: Tensors, logdets: LogDets = None) -> tuple[Tensors, LogDets]:
-        return _run(self._in_order(reverse=False), tuple(inputs), logdets, reverse=False)
+        return self._run_plainly(inputs, logdets, reverse=False)
 
     def inverse(self, outputs: Tensors, logdets: LogDets = None) -> tuple[Tensors, LogDets]:
-        return _run(self._in_order(reverse=True), tuple(outputs), logdets, reverse=True)
+        return self._run_plainly(outputs, logdets, reverse=True)
 
 
 class SequentialNF(_Chain):
@@ -260,7 +276,7 @@ class SequentialNF(_Chain):
     save memory.  Without gradients (`torch.no_grad`) it is a plain loop.
 
     Args:
-        modules: the blocks, in forward order.
+        modules, around: as of every chain.
         preserve_rng_state: show each block the same random numbers again in the backward pass.
             Without random modules False saves a little time.
 
@@ -272,22 +288,22 @@ class SequentialNF(_Chain):
         TypeError: a module changed the dtype of the states.
     """
 
-    def __init__(self, *modules: InvertibleModule, preserve_rng_state: bool = True):
-        super().__init__(*modules)
+    def __init__(self, *modules: InvertibleModule, preserve_rng_state: bool = True, **options):
+        super().__init__(*modules, **options)
         self.preserve_rng_state = preserve_rng_state
 
     def forward(self, inputs: Tensors, logdets: LogDets = None) -> tuple[Tensors, LogDets]:
-        return self._run_saving_memory(tuple(inputs), logdets, reverse=False)
+        return self._run_saving_memory(inputs, logdets, reverse=False)
 
     def inverse(self, outputs: Tensors, logdets: LogDets = None) -> tuple[Tensors, LogDets]:
-        return self._run_saving_memory(tuple(outputs), logdets, reverse=True)
+        return self._run_saving_memory(outputs, logdets, reverse=True)
 
     def _run_saving_memory(self, values, logdets, reverse):
-        order = self._in_order(reverse)
         if not torch.is_grad_enabled():
-            return _run(order, values, logdets, reverse)
+            return self._run_plainly(values, logdets, reverse)
         num_logdets = None if logdets is None else len(logdets)
-        call = _Call(order, reverse, len(values), num_logdets, self.preserve_rng_state)
+        order, around = self._in_order(reverse), functools.partial(self._around, list(self))
+        call = _Call(order, around, reverse, len(values), num_logdets, self.preserve_rng_state)
         parameters = [p for p in self.parameters() if p.requires_grad]
         results = _BackpropagationByInversion.apply(call, *values, *(logdets or ()), *parameters)
         outputs, logdets = results[: call.num_outputs], results[call.num_outputs :]
@@ -299,6 +315,7 @@ class _Call:
     """What one call of a SequentialNF remembers beside its output: nothing as large as a state."""
 
     order: list[tuple[str, InvertibleModule]]
+    around: Callable[[bool], AbstractContextManager]
     reverse: bool
     num_inputs: int
     num_logdets: int | None
@@ -328,7 +345,7 @@ class _BackpropagationByInversion(torch.autograd.Function):
         call.parameter_ids = [id(p) for p in parameters]
         needs_grad = [x.requires_grad for x in values]
         wanted = set(call.parameter_ids)
-        with torch.autocast(**call.autocast):
+        with torch.autocast(**call.autocast), call.around(call.reverse):
             for name, module in call.order:
                 call.needs_grad.append(needs_grad)
                 if call.preserve_rng_state:
@@ -361,7 +378,11 @@ class _BackpropagationByInversion(torch.autograd.Function):
         wanted = {i for i, need in zip(call.parameter_ids, needed, strict=True) if need}
         found: dict[int, Tensor] = {}
         device = values[0].device
-        with _random_state_kept(device, call.preserve_rng_state), torch.autocast(**call.autocast):
+        with (
+            _random_state_kept(device, call.preserve_rng_state),
+            torch.autocast(**call.autocast),
+            call.around(not call.reverse),
+        ):
             for i in reversed(range(len(call.order))):
                 name, module = call.order[i]
                 parameters = [p for p in module.parameters() if id(p) in wanted]

@@ -9,7 +9,8 @@ computes is said where it is called, and once more, in plain operators, beside i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -109,10 +110,10 @@ class PyramidFlow(nn.Module):
         self.pyramid = LaplacianPyramid(config.num_level)
         schedule = coupling_schedule(config.num_level) * config.num_stack
         blocks = [CouplingBlock(kind, level, config) for kind, level in schedule]
-        if config.save_memory:
-            self.flow = SequentialNF(*blocks, preserve_rng_state=False)  # no block is random
+        if config.save_memory:  # no block is random
+            self.flow = SequentialNF(*blocks, preserve_rng_state=False, around=matrices_at_once)
         else:
-            self.flow = SequentialNet(*blocks)
+            self.flow = SequentialNet(*blocks, around=matrices_at_once)
         self.to(memory_format=kernels.MEMORY_FORMAT)
 
     def compute_networks_in(self, dtype: torch.dtype | None) -> PyramidFlow:
@@ -419,32 +420,81 @@ class InvertibleConv1x1(nn.Module):
         self.lower = nn.Parameter(lower.tril(-1))
         self.upper = nn.Parameter(upper.triu(1))
         self.log_scale = nn.Parameter(diagonal.abs().log())
+        self.at_hand: tuple[Callable | None, Tensor | None] = None, None  # how it was computed, and it
         self.register_buffer("permutation", permutation)
         self.register_buffer("sign", diagonal.sign())
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """A, (C,C)."""
-        lower, upper = self._factors(dtype)
-        return self.permutation.to(dtype) @ lower @ upper
+        return self._found(_products, dtype)
 
     def inverse_matrix(self, dtype: torch.dtype) -> Tensor:
         """The inverse of A, by triangular solves in float64."""
-        lower, upper = self._factors(torch.float64)
-        inverse = self.permutation.to(torch.float64).T
-        inverse = torch.linalg.solve_triangular(lower, inverse, upper=False, unitriangular=True)
-        return torch.linalg.solve_triangular(upper, inverse, upper=True).to(dtype)
+        return self._found(_inverse_products, dtype)
 
     def log_det(self) -> Tensor:
         """log|det A|, a scalar; a map of H x W pixels has H * W times that."""
-        return self._log_diagonal().sum()
+        return _log_diagonals(self.log_scale, self.volume_normalized).sum()
 
-    def _log_diagonal(self) -> Tensor:
-        return self.log_scale - self.log_scale.mean() if self.volume_normalized else self.log_scale
+    def _found(self, compute: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+        """What `compute` gives, at hand inside of `matrices_at_once` unless only gradients are missing."""
+        known, found = self.at_hand
+        if known is not compute or (torch.is_grad_enabled() and not found.requires_grad):
+            found = compute(*self.factors(), self.volume_normalized)
+        return found.to(dtype)
 
-    def _factors(self, dtype: torch.dtype) -> Tensors:
-        eye = torch.eye(self.channels, dtype=dtype, device=self.lower.device)
-        diagonal = self.sign.to(dtype) * self._log_diagonal().to(dtype).exp()
-        return self.lower.to(dtype).tril(-1) + eye, self.upper.to(dtype).triu(1) + diagonal.diag()
+    def factors(self) -> Tensors:
+        """P, L below its diagonal, U above its diagonal, sign and s."""
+        return self.permutation, self.lower, self.upper, self.sign, self.log_scale
+
+
+# Of the factors of one convolution, or of several: (N,C,C) and (N,C).
+
+
+def _products(
+    permutation: Tensor, lower: Tensor, upper: Tensor, sign: Tensor, log_scale: Tensor, normalized: bool
+) -> Tensor:
+    """A = P L (U + diagonal)."""
+    left = permutation @ lower.tril(-1) + permutation
+    diagonal = sign * _log_diagonals(log_scale, normalized).exp()
+    return left @ upper.triu(1) + left * diagonal[..., None, :]
+
+
+def _inverse_products(
+    permutation: Tensor, lower: Tensor, upper: Tensor, sign: Tensor, log_scale: Tensor, normalized: bool
+) -> Tensor:
+    """The inverses, in float64; `solve_triangular` takes diagonals for ones and reads one side of them."""
+    diagonal = (sign * _log_diagonals(log_scale, normalized).exp())[..., None]
+    permutation, lower, upper, diagonal = (x.double() for x in (permutation, lower, upper, diagonal))
+    inverse = torch.linalg.solve_triangular(lower, permutation.mT, upper=False, unitriangular=True)
+    return torch.linalg.solve_triangular(
+        upper / diagonal, inverse / diagonal, upper=True, unitriangular=True
+    )
+
+
+def _log_diagonals(log_scale: Tensor, normalized: bool) -> Tensor:
+    return log_scale - log_scale.mean(-1, keepdim=True) if normalized else log_scale
+
+
+@contextlib.contextmanager
+def matrices_at_once(blocks: Sequence[CouplingBlock], inverse: bool) -> Iterator[None]:
+    """While it is open, the blocks' matrices, or their inverses, are at hand: for all blocks a GPU launches as
+    many kernels as for one otherwise.  While a model is traced nothing is."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    convolutions = [block.conv1x1 for block in blocks]
+    compute = _inverse_products if inverse else _products
+    with torch.autocast(convolutions[0].lower.device.type, enabled=False):
+        factors = map(torch.stack, zip(*(x.factors() for x in convolutions), strict=True))
+        found = compute(*factors, convolutions[0].volume_normalized).unbind()
+    for convolution, matrix in zip(convolutions, found, strict=True):
+        convolution.at_hand = compute, matrix
+    try:
+        yield
+    finally:
+        for convolution in convolutions:
+            convolution.at_hand = None, None
 
 
 # ------------------------------------------------------------------------------------- losses

@@ -259,20 +259,21 @@ class LossMeter:
 
     def __init__(self, bar, pace: Pace | None = None):
         self._bar, self._losses, self._waiting, self._pace = bar, [], [], pace
+        self._device = torch.device("cpu")
         if pace:
             pace.start()
 
     def add(self, loss: Tensor) -> None:
         self._waiting.append(loss.detach())
+        self._device = loss.device
         often = loss.device.type == "cpu" or len(self._waiting) == STEPS_BETWEEN_LOOKS
         if often or len(self._losses) + len(self._waiting) in FIRST_LOOKS:
             self._look()
 
     def mean(self) -> float:
         """The mean loss of all steps, over all processes."""
-        device = self._waiting[0].device if self._waiting else "cpu"
         self._look()
-        mean = torch.tensor(self._losses, dtype=torch.float64, device=device).mean()
+        mean = torch.tensor(self._losses, dtype=torch.float64, device=self._device).mean()
         util.average([mean])
         return float(mean)
 

@@ -4,6 +4,8 @@
 #     benchmarks/gpu.sh            # replaces the CUDA tables in benchmarks/records/
 #     benchmarks/gpu.sh FOLDER     # writes them there
 #
+# The tests come first, then for FNF and Res18, in every precision: training step, inference and the convolutions
+# of the official program alone; a whole epoch; and memory over depth.
 # PYTHON chooses the interpreter: .venv/bin/python, else python3.  What the time does not suffice for is named.
 # Exit code: 0, all was done; 1, something failed or was cut off; 2, there is no CUDA device.
 set -u
@@ -20,18 +22,26 @@ where=(--record)
 import sys, torch, util
 torch.cuda.is_available() or sys.exit(f"gpu.sh: needs a CUDA device, {util.why_no_cuda()}")' || exit 2
 
+# run SECONDS MODULE...: it may take so long, and no longer than what is left.
 run() {
-    local left=$((limit - SECONDS))
-    echo "== $* ($left s left)"
-    if [ "$left" -lt 10 ] || ! PYTHONUNBUFFERED=1 timeout --kill-after=5 "$((left - 5))" "$PYTHON" -m "$@"; then
+    local most=$1 left=$((limit - SECONDS - 5))
+    shift
+    [ "$most" -lt "$left" ] && left=$most
+    echo "== $* (at most $left s)"
+    if [ "$left" -lt 5 ] || ! PYTHONUNBUFFERED=1 timeout --kill-after=5 "$left" "$PYTHON" -m "$@"; then
         echo "gpu.sh: failed or cut off: $*" >&2
         failed=1
     fi
 }
 
-[ -f tests/test_cuda.py ] && run pytest tests/test_cuda.py
-run benchmarks.speed step --model fnf res18 "${where[@]}"
 precisions=(fp32 tf32 bf16)
-run benchmarks.speed epoch --model fnf res18 --precision "${precisions[@]}" "${where[@]}"
-run benchmarks.memory "${where[@]}"
+run 150 pytest tests/test_cuda.py -k "not cpu"
+for model in fnf res18; do
+    run 120 benchmarks.speed step --model "$model" "${where[@]}"
+done
+for model in fnf res18; do
+    run 150 benchmarks.speed epoch --model "$model" --precision "${precisions[@]}" "${where[@]}"
+done
+run 150 benchmarks.memory --maxStacks 16 "${where[@]}"
+echo "gpu.sh: $SECONDS s"
 exit "$failed"

@@ -270,20 +270,22 @@ def epoch_table(flags: list[str], precisions: list[str], device: torch.device) -
     Args:
         flags: of train.py.
     """
-    precisions = dict.fromkeys(choose_precision(p, device) for p in precisions)
     args = train.parse_arguments(flags)
+    asked = (argparse.Namespace(**{**vars(args), "precision": p}) for p in precisions)
+    settled = {args.precision: args for args in (train.settle(args, device) for args in asked)}
     config, data, clock = train.model_config(args), train.check_class(args), Clock(device)
     with clock.part("reading"):
         settings = config.image_size, args.cache, device, args.numWorkers, "training images"
         train_set = Images(data.train, *settings)
         test_set = TestSet.load(data, config, args.cache, args.numWorkers, device)
-    columns = {p: one_epoch(args, p, train_set, test_set, device) for p in precisions}
+    columns = {p: one_epoch(args, train_set, test_set, device) for p, args in settled.items()}
+    saving = ", ".join(f"{p} {'on' if args.saveMemory else 'off'}" for p, args in settled.items())
     parts = next(iter(columns.values()))
     rows = [[part, *(f"{column[part]:.2f}" for column in columns.values())] for part in parts]
     return f"""\
 One epoch on class {data.name}: {len(data.train)} training images in batches of {BATCH}, template and thresholds,
 {len(data.test)} test images, metrics; encoder {config.encoder}, {config.num_level} levels, {config.volume_norm},
-memory saving on.  Seconds by precision.
+memory saving: {saving}.  Seconds by precision.
 
 {markdown_table(["part", *columns], rows)}
 
@@ -292,12 +294,12 @@ Peak resident memory of the process: {measuring.peak_resident() / 2**30:.2f} GiB
 
 
 def one_epoch(
-    args: argparse.Namespace, precision: str, train_set: Images, test_set: TestSet, device: torch.device
+    args: argparse.Namespace, train_set: Images, test_set: TestSet, device: torch.device
 ) -> dict[str, float]:
     """The parts' seconds, with random weights, which are as fast as others."""
     torch.manual_seed(0)
     model = PyramidFlow(train.model_config(args)).to(device)
-    model.compute_networks_in(apply_precision(precision))
+    model.compute_networks_in(apply_precision(args.precision))
     order = training_order(len(train_set), args.batchSize)
     optimizer = train.make_optimizer(model, args)
     scheduler = train.make_scheduler(optimizer, args, len(order))

@@ -1,5 +1,6 @@
 """SequentialNF gives the gradients of plain autograd, while keeping only its last output."""
 
+import contextlib
 import copy
 import gc
 import warnings
@@ -448,6 +449,30 @@ def test_no_activation_outlives_the_forward_pass():
     alive = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.shape[:1] == (50,)]
     storages = {x.data_ptr() for x in alive}
     assert storages <= {x.data_ptr() for x in (*inputs, *outputs)}
+
+
+@pytest.mark.parametrize("kind", [SequentialNF, SequentialNet])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_a_context_around_every_pass(kind, direction):
+    """It is told which way the modules are applied; a backward pass by inversion goes the other way."""
+    seen, reverse = [], direction == "inverse"
+
+    @contextlib.contextmanager
+    def around(modules, inverted):
+        seen.append((list(modules), inverted, torch.is_grad_enabled()))
+        yield
+        seen.append("closed")
+
+    chain = kind(*make_blocks(), around=around)
+    inputs = make_inputs()
+    with torch.no_grad():
+        getattr(chain, direction)(inputs)
+    assert seen == [(list(chain), reverse, False), "closed"]
+    seen.clear()
+    sum(y.sum() for y in getattr(chain, direction)(inputs)[0]).backward()
+    plainly = kind is SequentialNet
+    assert seen[:2] == [(list(chain), reverse, plainly), "closed"]
+    assert seen[2:] == ([] if plainly else [(list(chain), not reverse, False), "closed"])
 
 
 def test_no_grad_is_a_plain_loop():

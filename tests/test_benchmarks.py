@@ -279,3 +279,34 @@ def test_the_gpu_script_says_what_it_needs(tmp_path):
     assert done.returncode == 2
     assert "needs a CUDA device" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fails", ["", "benchmarks.memory"])
+def test_the_gpu_script_runs_what_it_says(tmp_path, run_main, monkeypatch, fails):
+    """With an interpreter that only writes down what it is asked for; every command then has valid flags."""
+    stub, log = tmp_path / "python", tmp_path / "log"
+    stub.write_text(f'#!/bin/sh\n[ "$1" = -m ] || exit 0\necho "$@" >> {log}\n[ "$2" != "{fails}" ]\n')
+    stub.chmod(0o755)
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHON": str(stub)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == bool(fails)
+    assert ("failed or cut off: benchmarks.memory" in done.stderr) == bool(fails)
+    first, *others = [line.split() for line in log.read_text().splitlines()]
+    assert first[1:3] == ["pytest", "tests/test_cuda.py"]
+    asked = []
+    monkeypatch.setattr(
+        speed, "measure_steps", lambda args, _: asked.extend(("step", m) for m in args.model)
+    )
+    monkeypatch.setattr(
+        speed, "measure_epochs", lambda args, _: asked.extend(("epoch", m) for m in args.model)
+    )
+    monkeypatch.setattr(
+        memory, "measure_in_own_process", lambda *_: asked.append("memory") or (1.0, 1.0)
+    )
+    for _, module, *arguments in others:
+        main = {"benchmarks.speed": speed.main, "benchmarks.memory": memory.main}[module]
+        code, _, err = run_main(main, arguments)
+        assert code == 0, err
+    pairs = [(what, model) for what in ("step", "epoch") for model in ("fnf", "res18")]
+    assert asked == [*pairs, *["memory"] * 15]

@@ -428,6 +428,26 @@ def test_conv1x1_matrix(volume_normalized):
     assert (abs(conv.log_det().item()) < 1e-12) == volume_normalized
 
 
+@pytest.mark.parametrize("save_memory", [True, False])
+@pytest.mark.parametrize("volume_norm", ["CVN", "none"])
+def test_matrices_computed_at_once_are_those_of_each_block(volume_norm, save_memory, monkeypatch):
+    """In every pass, with all gradients; afterwards none is at hand, so none can be out of date."""
+
+    def results():
+        model = small_model(volume_norm=volume_norm, save_memory=save_memory).train()
+        latents, _ = model(images(model))
+        pair_loss(model.pyramid, latents).backward()
+        with torch.no_grad():
+            rebuilt = model.inverse(latents)
+        assert all(block.conv1x1.at_hand == (None, None) for block in model.flow)
+        return latents, rebuilt, [p.grad for p in model.flow.parameters()]
+
+    at_once = results()
+    nothing = property(lambda _: (None, None), lambda *_: None)
+    monkeypatch.setattr(InvertibleConv1x1, "at_hand", nothing, raising=False)
+    torch.testing.assert_close(at_once, results(), rtol=1e-9, atol=1e-9)
+
+
 def test_fourier_loss_is_the_mean_spectrum_over_all_pairs():
     pyramid = LaplacianPyramid(2).double()
     latents = (torch.randn(3, 2, 8, 8).double(), torch.randn(3, 2, 4, 4).double())
