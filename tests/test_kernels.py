@@ -119,6 +119,20 @@ def test_scale_is_at_least_float32_and_shift_stays_as_it_is():
         assert [y.dtype for y in function(raw, (0, 1))] == [torch.float32, torch.bfloat16, torch.float32]
 
 
+@pytest.mark.parametrize("mean", [(0, 1), (0, 2, 3), "a tensor"], ids=str)
+def test_scale_of_every_bfloat16_is_looked_up_as_it_is_computed(mean):
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    values = bits.view(torch.bfloat16)
+    values = torch.where(values.isfinite(), values, torch.zeros_like(values)).view(1, 16, 64, 64)
+    raw = torch.cat([values, values.flip(1)], 1).contiguous(memory_format=MEMORY_FORMAT)
+    mean = torch.randn(1, 1, 64, 64) if mean == "a tensor" else mean
+    found, expected = (f(raw, mean) for f in (kernels.scale_and_shift, kernels.plain_scale_and_shift))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert not kernels.scale_and_shift(torch.full((1, 2, 1, 1), torch.nan).bfloat16(), (0, 1))[
+        0
+    ].isfinite()
+
+
 # ------------------------------------------------------------------------------ k x k convolutions
 
 
