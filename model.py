@@ -479,11 +479,11 @@ def _log_diagonals(log_scale: Tensor, normalized: bool) -> Tensor:
 @contextlib.contextmanager
 def matrices_at_once(blocks: Sequence[CouplingBlock], inverse: bool) -> Iterator[None]:
     """While it is open, the blocks' matrices, or their inverses, are at hand: for all blocks a GPU launches as
-    many kernels as for one otherwise.  While a model is traced nothing is."""
-    if torch.compiler.is_compiling():
+    many kernels as for one otherwise.  Nothing is while a model is traced, or where matrices are fixed."""
+    convolutions = [block.conv1x1 for block in blocks]
+    if torch.compiler.is_compiling() or not isinstance(convolutions[0], InvertibleConv1x1):
         yield
         return
-    convolutions = [block.conv1x1 for block in blocks]
     compute = _inverse_products if inverse else _products
     with torch.autocast(convolutions[0].lower.device.type, enabled=False):
         factors = map(torch.stack, zip(*(x.factors() for x in convolutions), strict=True))
