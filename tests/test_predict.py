@@ -18,6 +18,7 @@ import scorer
 from dataset import open_class
 from model import PyramidFlow, PyramidFlowConfig
 from scorer import ScoreOptions, Scorer
+from verdict import Scored
 
 
 def run(run_main, trained, tmp_path, *extra, images=None):
@@ -241,6 +242,15 @@ def test_nothing_to_do_and_empty_folders(trained, tmp_path, run_main):
     code, _, err = run(run_main, trained, tmp_path, images=[tmp_path / "empty"])
     assert code == 2
     assert "no images in" in err
+
+
+def test_a_score_beyond_all_measure_is_no_verdict(trained, monkeypatch):
+    """Means and areas of such maps would overflow."""
+    scorer = Scorer.load(trained.checkpoint)
+    maps, image = torch.full((1, 256, 256), 1e38), np.zeros((32, 32, 3), np.uint8)
+    monkeypatch.setattr(Scorer, "score", lambda *_: Scored(maps, maps[:, 0, 0]))
+    with pytest.raises(predict.InputError, match="no finite score"):
+        scorer.inspect(image)
 
 
 def test_a_score_that_is_not_finite_is_no_verdict(trained, tmp_path, run_main):

@@ -498,3 +498,13 @@ def test_without_thresholds_there_is_no_verdict(trained):
 def test_images_that_are_all_alike_are_not_defective():
     thresholds = Calibration([0.0] * 4, [0.0] * len(LEVELS)).thresholds()
     assert 0 < thresholds.pixel == thresholds.image < 1e-30
+
+
+def test_a_class_name_that_is_no_text(trained, tmp_path):
+    nested = []
+    for _ in range(40):
+        nested = [nested, nested]
+    content = scorer_module.load_checkpoint(trained.checkpoint)
+    scorer_module.save_checkpoint(tmp_path / "a.pt", {**content, "class": nested})
+    with pytest.raises(InputError, match=r"is damaged \(class name"):
+        Scorer.load(tmp_path / "a.pt")
