@@ -490,6 +490,7 @@ def vanishing(base: Base, rng: random.Random, number: int, place: Path) -> str |
     name = rng.choice(("train", "train", "predict", "fit"))
     folder = place / "folder"
     folder.mkdir()
+    base.whole(name)  # it is timed
     after = rng.uniform(0.05, 0.9) * base.seconds[name]
 
     def vanish(pid: int) -> None:

@@ -353,7 +353,7 @@ def odd_data() -> dict[str, tuple[Callable[[Path], list | None], tuple[str, ...]
         "skipped files": (lambda folder: (folder / "train/good/a.heic").write_text("x") and None, ("skipped",)),
         "a class called carpet": (rename("", "../carpet", carpet), ("SVN for",)),
         "equal stems": (copy("test/hole/000.png", "test/hole/000.bmp"), ("is the mask of",)),
-        "two masks of an image": (copy(f"{hole}/001_mask.png", f"{hole}/000.png"), ("two masks",)),
+        "two masks of an image": (copy(f"{hole}/000_mask.png", f"{hole}/000.png"), ("two masks",)),
         "masks of another size": (each(masks, lambda mask: mask.resize((16, 16))), ("agree",)),
         "masks of 0 and 2": (each(masks, lambda mask: mask.point(lambda v: v // 100)), ("mask",)),
         "masks of 0 and 100": (each(masks, lambda mask: mask.point(lambda v: v // 255 * 100)), ("mask",)),
