@@ -641,19 +641,11 @@ def load_files(base: Base, place: Path) -> dict[str, tuple]:
     """By kind of file: how many of them, a whole one, what spoils it, and what the program does with it."""
     Code.canary = str(place / "canary")
     image = torch.from_numpy(dataset.read_image(next(base.good.iterdir()), (32, 32)))[None]
-    weights = place / "resnet18.pth"
     flags = [*map(str, conftest.SMALL), "--imageSize", "64"]
     encoder = train.PyramidFlow(
         train.model_config(train.parse_arguments([*flags, "--encoder", "resnet18"]))
     )
-    names = {"0": "conv1", "1": "bn1", "4": "layer1"}
-    torch.save({names[k[0]] + k[1:]: v for k, v in encoder.stem.state_dict().items()}, weights)
-    official = place / "official.npz"
-    write_official(official, Scorer.load(base.run / "last.pt").model)
-    picture, mask, pipeline = place / "picture.png", place / "mask.png", place / "pipeline.json"
-    Image.fromarray(base.image).save(picture)
-    Image.fromarray(base.image[..., 0]).save(mask)
-    pipeline.write_text(json.dumps(pipeline_content()))
+    weights, official, picture, mask, pipeline = make_files(base, place, encoder)
     truth = partial(dataset.TestImage, picture, "hole")
 
     def score(path: Path) -> None:
@@ -700,6 +692,19 @@ def load_files(base: Base, place: Path) -> dict[str, tuple]:
         "mask": (2, mask, spoil_image, lambda path: dataset.read_mask(truth(path))),
         "roi": (1, mask, spoil_image, read_roi),
     }
+
+
+def make_files(base: Base, place: Path, encoder: train.PyramidFlow) -> list[Path]:
+    """Encoder weights, an official file, an image, a mask and a pipeline, all of them whole."""
+    names = ("resnet18.pth", "official.npz", "picture.png", "mask.png", "pipeline.json")
+    weights, official, picture, mask, pipeline = paths = [place / name for name in names]
+    parts = {"0": "conv1", "1": "bn1", "4": "layer1"}
+    torch.save({parts[k[0]] + k[1:]: v for k, v in encoder.stem.state_dict().items()}, weights)
+    write_official(official, Scorer.load(base.run / "last.pt").model)
+    Image.fromarray(base.image).save(picture)
+    Image.fromarray(base.image[..., 0]).save(mask)
+    pipeline.write_text(json.dumps(pipeline_content()))
+    return paths
 
 
 # ------------------------------------------------------------------------------- class: images

@@ -221,11 +221,13 @@ def test_the_two_transforms_of_tiles_are_adjoint(kind):
     by = spectral.basis(kind, 7, torch.float64)
     size = (2, 7, 7, 3) if kind == "kernel" else (2, 20, 40, 3)
     x = torch.randn(size, dtype=torch.float64)
-    spectrum = spectral.to_spectrum(x, by)
+    assert_adjoint(x, spectral.to_spectrum(x, by), spectral.from_spectrum, by)
+
+
+def assert_adjoint(x, spectrum, back, by):
+    """<F x, y> = <x, F* y>."""
     y = torch.randn_like(spectrum)
-    torch.testing.assert_close(
-        (spectrum * y).sum(), (x * spectral.from_spectrum(y, by, torch.empty_like(x))).sum()
-    )
+    torch.testing.assert_close((spectrum * y).sum(), (x * back(y, by, torch.empty_like(x))).sum())
 
 
 def test_a_spectrum_is_the_fourier_transform_of_the_tiles():
@@ -245,10 +247,7 @@ def test_the_two_transforms_of_strips_are_adjoint(kind):
     by = spectral.strip_basis(kind, 7, torch.float64)
     x = torch.randn(2, 40, 20, 3, dtype=torch.float64)
     spectrum = spectral.strips_to_spectrum(x, by, by.matrix)
-    y = torch.randn_like(spectrum)
-    torch.testing.assert_close(
-        (spectrum * y).sum(), (x * spectral.strips_from_spectrum(y, by, torch.empty_like(x))).sum()
-    )
+    assert_adjoint(x, spectrum, spectral.strips_from_spectrum, by)
 
 
 def test_a_spectrum_is_the_fourier_transform_of_the_strips():
