@@ -358,8 +358,10 @@ def make_model(
     """The seeded model on its device; of a new run with the weights that it starts from.
 
     Raises:
-        InputError: the weights cannot be had, or do not fit.
+        InputError: the weights cannot be had, or do not fit; or the memory is too small for the model.
     """
+    if is_new:
+        check_memory(config, args.batchSize, device)
     util.seed_everything(args.seed)
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
     model = PyramidFlow(config)
@@ -367,6 +369,23 @@ def make_model(
         fill_encoder(model, args.encoderWeights)
         initialize(model, args.init)
     return model.to(device).compute_networks_in(util.apply_precision(args.precision))
+
+
+def check_memory(config: PyramidFlowConfig, batch_size: int, device: torch.device) -> None:
+    """Raises InputError if not even weights, their gradients and Adam's moments, and one pyramid fit."""
+    with torch.device("meta"):
+        model = PyramidFlow(config)
+    pixels = sum(math.prod(config.level_size(i)) for i in range(config.num_level))
+    state = sum(x.nbytes for x in model.state_dict().values())
+    need = (
+        state + 3 * sum(p.nbytes for p in model.parameters()) + 4 * batch_size * config.channels * pixels
+    )
+    free = util.free_memory(device)
+    if need > free:
+        raise InputError(
+            f"a training of this model takes more than {need / 2**30:.3g} GiB of memory, {free / 2**30:.3g} "
+            "are free; use a smaller --numStack, --numChannel, --kernelSize, --imageSize or --batchSize"
+        )
 
 
 def make_optimizer(model: PyramidFlow, args: Namespace) -> torch.optim.Optimizer:
@@ -407,10 +426,17 @@ def train_classes(args: Namespace, device: torch.device) -> None:
         classes = dataset.list_classes(datapath, dataset.recognize(datapath, args.dataset))
     if not classes:
         raise InputError(f"no classes in --datapath {datapath}; choose a data set's folder")
-    runs = [Namespace(**{**vars(args), "cls": [name]}) for name in classes]
-    for one in runs:  # before the first one is trained
-        check_class(one)
-    rows, failed = [], []
+    runs, rows, failed = [], [], []
+    for name in classes:  # before the first one is trained
+        one = Namespace(**{**vars(args), "cls": [name]})
+        try:
+            check_class(one)
+            runs.append(one)
+        except InputError as error:
+            if "all" not in args.cls:
+                raise
+            failed.append(f"{name}: {error}")
+            print(f"left out: {failed[-1]}", file=sys.stderr)
     try:
         for one in runs:
             try:

@@ -120,14 +120,17 @@ def _fail(message: str, code: int) -> NoReturn:
 class StopSignals:
     """While it is active, Ctrl-C, SIGTERM and a lost terminal raise KeyboardInterrupt at once.
 
-    Python swallows what is raised inside some callbacks, so `check` between steps raises it again.
+    Python prints and swallows what is raised inside some callbacks: it is not printed, and `check` between
+    steps raises it again.
     """
 
     def __init__(self):
         self.asked = False
         self._previous: dict = {}
+        self._unraisable = sys.unraisablehook
 
     def __enter__(self) -> StopSignals:
+        sys.unraisablehook = self._report
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
             if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
@@ -137,6 +140,7 @@ class StopSignals:
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self._unraisable
 
     def check(self) -> None:
         if self.asked:
@@ -145,6 +149,10 @@ class StopSignals:
     def _handle(self, number, frame) -> None:
         self.asked = True
         raise KeyboardInterrupt
+
+    def _report(self, swallowed) -> None:
+        if swallowed.exc_type is not KeyboardInterrupt:
+            self._unraisable(swallowed)
 
 
 # -------------------------------------------------------------------------------------- flags

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -257,6 +258,33 @@ def test_a_class_that_fails_does_not_stop_the_others(tmp_path, run_main, part, n
     assert (code, err.count("\n")) == (2, 1)
     assert f"bolt: cannot read image {path}" in err
     assert "| nut | 1 (last) |" in out
+
+
+def test_of_all_classes_one_that_cannot_be_trained_is_left_out(tmp_path, run_main):
+    for name in ("bolt", "nut"):
+        make_class(tmp_path / "data", name)
+    mask = next((tmp_path / "data" / "bolt" / "ground_truth").rglob("*.png"))
+    mask.unlink()
+    code, out, err = run_main(train.main, flags(tmp_path, "--cls", "all", "--epochs", 1))
+    first, last = err.splitlines()
+    assert code == 2
+    assert first.startswith("left out: bolt: ")
+    assert last.endswith(first.removeprefix("left out: "))
+    assert "| nut | 1 (last) |" in out
+    code, out, err = run_main(train.main, flags(tmp_path, "--cls", "nut", "bolt", "--epochs", 1))
+    assert (code, err.count("\n"), "nut" in out) == (2, 1, False)  # a class that was named is a mistake
+
+
+@pytest.mark.usefixtures("widget")
+@pytest.mark.parametrize(
+    "huge", [["--numStack", 256, "--numChannel", 1024], ["--imageSize", 16384, "--numChannel", 512]]
+)
+def test_a_model_beyond_the_memory_is_refused_before_it_is_made(tmp_path, run_main, huge):
+    code, _, err = run_main(train.main, flags(tmp_path, *huge))
+    assert (code, err.count("\n")) == (2, 1)
+    assert re.search(
+        r"takes more than [\d.e+]+ GiB of memory, [\d.]+ are free; use a smaller --numStack", err
+    )
 
 
 def test_all_classes_one_after_the_other(tmp_path, run_main):

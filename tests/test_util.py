@@ -135,6 +135,25 @@ def test_a_signal_stops_at_once_and_is_remembered(name):
     assert signal.getsignal(number_) == before
 
 
+def test_a_signal_that_python_swallows_is_remembered_and_not_printed(capsys):
+    """What is raised while an object is deleted goes to sys.unraisablehook."""
+
+    class Dying:
+        def __init__(self, die):
+            self.die = die
+
+        def __del__(self):
+            self.die()
+
+    hook = sys.unraisablehook
+    with StopSignals() as stop:
+        Dying(lambda: signal.raise_signal(signal.SIGTERM))
+        assert capsys.readouterr().err == ""
+        with pytest.raises(KeyboardInterrupt):
+            stop.check()
+    assert sys.unraisablehook == hook
+
+
 def test_nohup_is_respected():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
