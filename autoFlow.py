@@ -364,9 +364,7 @@ class _BackpropagationByInversion(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "SequentialNF has no second-order gradients (create_graph=True): use SequentialNet"
-            )
+            raise RuntimeError("SequentialNF has no second-order gradients (create_graph=True): use SequentialNet")
         call, values = ctx.call, ctx.saved_tensors
         boxed = grads[0] if isinstance(grads[0], list) else list(grads)
         value_grads, logdet_grads = boxed[: call.num_outputs], tuple(boxed[call.num_outputs :])
@@ -420,9 +418,7 @@ def _backpropagate_block(
         zero = results[0].new_zeros(())
         zeros = tuple(zero.expand(shape) for shape in call.logdet_shapes)
     with _stand_in_buffers(module), _gradient_hooks_suspended(parameters):
-        arguments, recomputed, terms = module.undo_and_recompute(
-            results, zeros, call.reverse, needs_grad
-        )
+        arguments, recomputed, terms = module.undo_and_recompute(results, zeros, call.reverse, needs_grad)
         targets = [x for x, need in zip(arguments, needs_grad, strict=True) if need] + parameters
         pairs = list(zip(recomputed, result_grads, strict=True))
         if terms is not None:
@@ -587,9 +583,7 @@ def reconstruction_errors(
         alone32, accumulated = _block_errors(chain, inputs, torch.float32)
         alone64, _ = _block_errors(chain, inputs, torch.float64)
     names = list(chain._modules)
-    errors = [
-        ReconstructionError(*row) for row in zip(names, alone32, alone64, accumulated, strict=True)
-    ]
+    errors = [ReconstructionError(*row) for row in zip(names, alone32, alone64, accumulated, strict=True)]
     for error in errors:
         worst = max(error.float32, error.accumulated)
         if not worst <= bound:  # a NaN is above every bound
@@ -624,7 +618,5 @@ def _block_errors(chain, inputs, dtype) -> tuple[list[float], list[float]]:
 
 def _relative_error(rebuilt: Tensors, true: Tensors) -> float:
     tiny = torch.finfo(true[0].dtype).tiny
-    errors = [
-        (a - b).abs().max() / b.abs().max().clamp_min(tiny) for a, b in zip(rebuilt, true, strict=True)
-    ]
+    errors = [(a - b).abs().max() / b.abs().max().clamp_min(tiny) for a, b in zip(rebuilt, true, strict=True)]
     return float(torch.stack(errors).max())

@@ -178,9 +178,7 @@ def _open_folder(folder: Path, good: str, need_test: bool) -> AnomalyClass:
     _check_case(test_folder, (good, "ground_truth"))
     test = _list_test(test_folder, (test_folder if public else folder) / "ground_truth", good)
     if need_test and not test:
-        raise InputError(
-            f"no test images in {test_folder}; it needs folders such as {good}/ and a defect's"
-        )
+        raise InputError(f"no test images in {test_folder}; it needs folders such as {good}/ and a defect's")
     folders = {train, *(image.path.parent for image in test)}
     data = AnomalyClass(folder.name, list_images(train), test, skipped_files(folders))
     if public:
@@ -279,15 +277,10 @@ def copies(data: AnomalyClass) -> list[str]:
     groups = _equal_files([*data.train, *(image.path for image in data.test)])
     across = [group for group in groups if train & set(group) and set(group) - train]
     lines = []
-    for found, where in (
-        (across, "in training and test"),
-        ([g for g in groups if g not in across], "once more"),
-    ):
+    for found, where in ((across, "in training and test"), ([g for g in groups if g not in across], "once more")):
         if found:
             first, second, count = found[0][0], found[0][-1], sum(len(group) - 1 for group in found)
-            lines.append(
-                f"{count} images are the same {where}, the first is {second}, a copy of {first}"
-            )
+            lines.append(f"{count} images are the same {where}, the first is {second}, a copy of {first}")
     return lines
 
 
@@ -393,9 +386,7 @@ def _list_test(test_folder: Path, mask_folder: Path, good: str) -> list[TestImag
     return images
 
 
-def _list_kind(
-    folder: Path, mask_folder: Path | None, good: str, kind: str | None = None
-) -> list[TestImage]:
+def _list_kind(folder: Path, mask_folder: Path | None, good: str, kind: str | None = None) -> list[TestImage]:
     """The test images of one kind, each with the mask `<name>_mask` or `<name>`, or the folder `<name>`."""
     kind = kind or ("good" if folder.name == good else folder.name)
     masks = defaultdict(list)
@@ -435,9 +426,7 @@ def _check_masks(images: list[TestImage], mask_folder: Path) -> None:
     """Raise an InputError for a defect without a mask, unless the class has no masks at all."""
     defective = [image for image in images if image.defective]
     unmasked = [image for image in defective if image.mask is None]
-    masks = (
-        [p for p in mask_folder.rglob("*") if _is_image(p) and _visible(p.parent)] if unmasked else []
-    )
+    masks = [p for p in mask_folder.rglob("*") if _is_image(p) and _visible(p.parent)] if unmasked else []
     if masks:
         image, none_fits = unmasked[0], len(unmasked) == len(defective)
         raise InputError(
@@ -461,9 +450,7 @@ def _open_visa_class(datapath: Path, name: str) -> AnomalyClass:
         raise InputError(f"no test images of class {name} in {datapath / VISA_SPLIT}; unpack VisA again")
     for path in [*train, *(p for image in test for p in (image.path, image.mask) if p)]:
         if not path.is_file():
-            raise InputError(
-                f"{path}, named in {datapath / VISA_SPLIT}, does not exist; unpack VisA again"
-            )
+            raise InputError(f"{path}, named in {datapath / VISA_SPLIT}, does not exist; unpack VisA again")
     has_masks = any(image.mask for image in test)
     for image in test:
         if has_masks and image.defective and image.mask is None:
@@ -480,9 +467,7 @@ def _read_visa_split(datapath: Path) -> list[dict[str, str]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot read {path} ({error}); unpack VisA again") from None
     if not rows or not columns <= rows[0].keys() or any(row[c] is None for row in rows for c in columns):
-        raise InputError(
-            f"{path} lacks some of the columns {', '.join(sorted(columns))}; unpack VisA again"
-        )
+        raise InputError(f"{path} lacks some of the columns {', '.join(sorted(columns))}; unpack VisA again")
     for row in rows:
         if row["split"] not in ("train", "test"):
             raise InputError(
@@ -577,8 +562,7 @@ def _read_binary(path: Path, image: TestImage) -> np.ndarray:
     mask, size = _open(path), _open(image.path, decode=False).size
     if mask.size != size:
         raise InputError(
-            f"mask {path} is {size_text(mask.size[::-1])}, its image {size_text(size[::-1])}; "
-            "they must agree"
+            f"mask {path} is {size_text(mask.size[::-1])}, its image {size_text(size[::-1])}; they must agree"
         )
     if "A" in mask.getbands() and np.ptp(np.asarray(mask.getchannel("A"))):
         raise InputError(f"mask {path} has an alpha channel; save it in black and white, without one")
@@ -646,19 +630,11 @@ def load_masks(data: AnomalyClass, num_workers: int, size: tuple[int, int] = MAS
 
 
 def _read_all(
-    read: Callable[[int], np.ndarray],
-    out: Tensor,
-    num_workers: int,
-    description: str,
-    paths: Sequence[Path],
+    read: Callable[[int], np.ndarray], out: Tensor, num_workers: int, description: str, paths: Sequence[Path]
 ) -> None:
     """out[i] = read(i), of paths[i], for all i, in threads."""
     arrays = look_ahead(
-        read,
-        range(len(out)),
-        num_workers,
-        num_workers,
-        lambda i: WORKING_COPIES * decoded_bytes(paths[i]),
+        read, range(len(out)), num_workers, num_workers, lambda i: WORKING_COPIES * decoded_bytes(paths[i])
     )
     for i, array in enumerate(progress(arrays, description, len(out))):
         out[i] = torch.from_numpy(array)
@@ -675,9 +651,7 @@ def decoded_bytes(path: Path) -> int:
 
 def normalize(images: Tensor) -> Tensor:
     """uint8 (B,h,w,3) -> float32 (B,3,h,w), channels_last, by ImageNet's mean and deviation."""
-    mean, std = (
-        torch.tensor(v).to(images.device, non_blocking=True) for v in (IMAGENET_MEAN, IMAGENET_STD)
-    )
+    mean, std = (torch.tensor(v).to(images.device, non_blocking=True) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
@@ -725,10 +699,7 @@ class Images:
         return self._read(index) if self._kept is None else self._kept[index].numpy()
 
     def batches(
-        self,
-        batches: Iterable[Sequence[int] | Tensor],
-        augment: Augmentation | None = None,
-        epoch: int = 0,
+        self, batches: Iterable[Sequence[int] | Tensor], augment: Augmentation | None = None, epoch: int = 0
     ) -> Iterator[Tensor]:
         """uint8 (B,h,w,3) on the device for the indices (B,) of each batch.
 
@@ -820,9 +791,7 @@ class Augmentation:
         self.description = ", ".join(" ".join(repr(t).split()) for t in pipeline.transforms)
 
     @classmethod
-    def create(
-        cls, choice: str, class_name: str, size: tuple[int, int], seed: int
-    ) -> Augmentation | None:
+    def create(cls, choice: str, class_name: str, size: tuple[int, int], seed: int) -> Augmentation | None:
         """What --augment chose; None if nothing is to be changed.
 
         Args:
@@ -950,9 +919,7 @@ def _import_albumentations() -> ModuleType:
     try:
         import albumentations
     except ImportError as error:
-        raise InputError(
-            f"--augment: {error}; run pip install -r requirements.txt, or use none"
-        ) from None
+        raise InputError(f"--augment: {error}; run pip install -r requirements.txt, or use none") from None
     finally:
         del os.environ[variable]
         if before is not None:

@@ -50,10 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     write_data_set(args.out, args.seed)
     command = ["--cls", CLASS_NAME, "--datapath", str(args.out), *TRAINING_FLAGS]
-    print(
-        f"data set in {args.out}; train on it with\n  python train.py {shlex.join(command)}\n",
-        flush=True,
-    )
+    print(f"data set in {args.out}; train on it with\n  python train.py {shlex.join(command)}\n", flush=True)
     if not args.dataOnly:
         train.main(command)
 
@@ -83,9 +80,7 @@ def write_data_set(out: Path, seed: int = 0) -> None:
                 _save(folder / "test" / kind / f"{i:03}.png", picture)
                 _save(folder / "ground_truth" / kind / f"{i:03}_mask.png", mask)
     except OSError as error:
-        raise InputError(
-            f"cannot write to {out} ({error.strerror}); choose another folder by --out"
-        ) from None
+        raise InputError(f"cannot write to {out} ({error.strerror}); choose another folder by --out") from None
 
 
 def _save(path: Path, picture: Picture | Mask) -> None:

@@ -91,9 +91,7 @@ def parse_arguments() -> argparse.Namespace:
     )  # fmt: skip
     group.add_argument("--dataset", choices=DATASETS, default="auto", help="layout of the data")
     group.add_argument("--cls", help="class in --datapath, if it is not the checkpoint's")
-    group.add_argument(
-        "--anyClass", action="store_true", help="allow another class than the checkpoint's"
-    )
+    group.add_argument("--anyClass", action="store_true", help="allow another class than the checkpoint's")
     group.add_argument("--cache", choices=CACHES, default="auto", help="decoded images")
     group = parser.add_argument_group("score", "the checkpoint's own, or with --score a new one")
     add_score_flags(group)
@@ -127,9 +125,7 @@ def choose_class(args: argparse.Namespace, stored: Scorer) -> str:
     return name
 
 
-def refitted(
-    stored: Scorer, data: AnomalyClass, args: argparse.Namespace, device: torch.device
-) -> list[Scorer]:
+def refitted(stored: Scorer, data: AnomalyClass, args: argparse.Namespace, device: torch.device) -> list[Scorer]:
     """Scorers of the stored weights and the class's good images: the paper's, and the asked one as the last."""
     images, held_out = (
         Images(paths, stored.image_size, args.cache, device, args.numWorkers, f"{name} images")

@@ -337,10 +337,7 @@ def _read_size(given: list[int], session) -> tuple[int, int]:
     if any(type(n) is not int or not 1 <= n <= LARGEST for n in given):
         raise ValueError("image size")
     (image,) = session.get_inputs()
-    if image.type != "tensor(uint8)" or image.shape[1:] not in (
-        [height, width, 3],
-        [*ANY_SIZE, 3],
-    ):
+    if image.type != "tensor(uint8)" or image.shape[1:] not in ([height, width, 3], [*ANY_SIZE, 3]):
         raise ValueError("input")
     return height, width
 

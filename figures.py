@@ -230,9 +230,7 @@ def save_stack(path: Path, paths: list[Path]) -> None:
     """Save pictures of files, one below the other."""
     pictures = [read(picture) for picture in paths]
     width = max(picture.shape[1] for picture in pictures)
-    padded = [
-        np.pad(x, ((0, 0), (0, width - x.shape[1]), (0, 0)), constant_values=255) for x in pictures
-    ]
+    padded = [np.pad(x, ((0, 0), (0, width - x.shape[1]), (0, 0)), constant_values=255) for x in pictures]
     with atomic_path(path) as temporary:
         write_png(temporary, np.concatenate(padded))
 

@@ -22,16 +22,7 @@ from torch import Tensor
 
 from dataset import IMAGE_SUFFIXES, Images, list_images
 from model import PyramidFlowConfig
-from scorer import (
-    IMAGE_SCORES,
-    LARGEST,
-    MOST_SMOOTH,
-    MOST_TEMPLATES,
-    SCORES,
-    ScoreOptions,
-    Scorer,
-    fit_all,
-)
+from scorer import IMAGE_SCORES, LARGEST, MOST_SMOOTH, MOST_TEMPLATES, SCORES, ScoreOptions, Scorer, fit_all
 from util import (
     DivergedError,
     InputError,

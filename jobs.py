@@ -63,10 +63,7 @@ class Job:
         for path in sorted(self.folder.glob(f"*/{train.RESULT_FILE}")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 result = json.loads(path.read_text(encoding="utf-8"))
-                epochs = [
-                    result["last"],
-                    *(row for name, row in result.items() if name.startswith("best_")),
-                ]
+                epochs = [result["last"], *(row for name, row in result.items() if name.startswith("best_"))]
                 if all(map(_is_whole, epochs)):
                     return {**result, "folder": path.parent}
         return None
@@ -84,9 +81,7 @@ class Job:
 def _is_whole(row: dict) -> bool:
     """Whether it is an epoch's part of a result.json."""
     numbers = [row[name] for name in METRICS]
-    return {"score", "epoch"} <= row.keys() and all(
-        isinstance(x, (float, int, type(None))) for x in numbers
-    )
+    return {"score", "epoch"} <= row.keys() and all(isinstance(x, (float, int, type(None))) for x in numbers)
 
 
 def _is_locked(path: Path) -> bool:

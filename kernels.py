@@ -229,9 +229,7 @@ class _EverySecondPixel(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
-        grad_x = torch.empty(
-            ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=MEMORY_FORMAT
-        )
+        grad_x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=MEMORY_FORMAT)
         grad_x.zero_()[:, :, ::2, ::2] = grad
         return grad_x
 
@@ -306,9 +304,7 @@ def up_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 # ---------------------------------------------------------------------------- k x k convolutions
 
 
-def conv2d(
-    weight: Tensor, x: Tensor | None = None, upsampled: Tensor | None = None, stride: int = 1
-) -> Tensor:
+def conv2d(weight: Tensor, x: Tensor | None = None, upsampled: Tensor | None = None, stride: int = 1) -> Tensor:
     """Convolution, with "same" zero padding, of a map, of a nearest-upsampled map, or of their concatenation.
 
     Upsampled maps are never made, and where it pays a way through the frequency domain is taken.

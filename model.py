@@ -50,10 +50,7 @@ class PyramidFlowConfig:
     image_size: tuple[int, int] = (1024, 1024)  # (h, w) of the input images
     contrast: str = "latent"  # compose differences; "composed": subtract what is composed (ablation III)
     save_memory: bool = True  # backpropagate by inversion (SequentialNF), or plainly (SequentialNet)
-    map_size: tuple[int, int] = (
-        256,
-        256,
-    )  # (h, w) of anomaly maps, whatever the images' is, as the paper's
+    map_size: tuple[int, int] = (256, 256)  # (h, w) of anomaly maps, whatever the images' is, as the paper's
 
     def __post_init__(self):
         for name in ("image_size", "map_size"):
@@ -467,9 +464,7 @@ def _inverse_products(
     diagonal = (sign * _log_diagonals(log_scale, normalized).exp())[..., None]
     permutation, lower, upper, diagonal = (x.double() for x in (permutation, lower, upper, diagonal))
     inverse = torch.linalg.solve_triangular(lower, permutation.mT, upper=False, unitriangular=True)
-    return torch.linalg.solve_triangular(
-        upper / diagonal, inverse / diagonal, upper=True, unitriangular=True
-    )
+    return torch.linalg.solve_triangular(upper / diagonal, inverse / diagonal, upper=True, unitriangular=True)
 
 
 def _log_diagonals(log_scale: Tensor, normalized: bool) -> Tensor:
@@ -501,11 +496,7 @@ def matrices_at_once(blocks: Sequence[CouplingBlock], inverse: bool) -> Iterator
 
 
 def training_loss(
-    model: PyramidFlow,
-    latents: Tensors,
-    logdets: LogDets = None,
-    kind: str = "fourier",
-    template: str = "mean",
+    model: PyramidFlow, latents: Tensors, logdets: LogDets = None, kind: str = "fourier", template: str = "mean"
 ) -> Tensor:
     """The loss of what the model gave for a batch of images, a scalar.
 

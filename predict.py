@@ -34,14 +34,7 @@ import torch
 from PIL import Image
 
 import report
-from dataset import (
-    IMAGE_SUFFIXES,
-    WORKING_COPIES,
-    decoded_bytes,
-    list_images,
-    look_ahead,
-    read_image,
-)
+from dataset import IMAGE_SUFFIXES, WORKING_COPIES, decoded_bytes, list_images, look_ahead, read_image
 from export import OnnxScorer
 from figures import file_name, overlay, to_picture, write_png, write_tiff
 from fit import count_images, start_on
@@ -164,9 +157,7 @@ def load_scorer(args: argparse.Namespace, device: torch.device) -> Scorer | Onnx
 def read_template(scorer: Scorer | OnnxScorer, path: Path) -> np.ndarray:
     """The image template, uint8 (h,w,3); raises InputError if there is none, or a file of that name."""
     if isinstance(scorer, OnnxScorer):
-        raise InputError(
-            "--template: an .onnx file holds no inverse; choose the .pt file it was made of"
-        )
+        raise InputError("--template: an .onnx file holds no inverse; choose the .pt file it was made of")
     if path.exists():
         raise InputError(f"--template {path} exists; choose a new file")
     template = scorer.image_template()
@@ -340,9 +331,7 @@ class Results:
             if not different and not self.finished:
                 self.done = _read_done(self.out / ROWS)
         except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(
-                f"--resume: --out {self.out} holds nothing to continue; leave --resume out"
-            ) from None
+            raise InputError(f"--resume: --out {self.out} holds nothing to continue; leave --resume out") from None
         if different:
             raise InputError(
                 f"--resume: --out {self.out} is of another command ({', '.join(different)} changed); "
@@ -493,9 +482,7 @@ class Writer:
         verdict = judge(anomaly, score, size, self._thresholds, self._min_area, self._roi)
         if self._small_roi is not None:
             anomaly = np.where(self._small_roi, anomaly, anomaly.min())
-        self.report.add_prediction(
-            image.item.path, image.original, anomaly, score, self._thresholds.pixel
-        )
+        self.report.add_prediction(image.item.path, image.original, anomaly, score, self._thresholds.pixel)
         if "overlays" in self._write:
             shown = overlay(image.original, verdict.map, self._scale)
             self._save("overlays", name, lambda path: write_png(path, shown))

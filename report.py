@@ -64,9 +64,7 @@ def jpeg_uri(image: np.ndarray) -> str:
 def mask_uri(mask: np.ndarray, size: tuple[int, int]) -> str:
     """A bool mask (H,W) as a data URI of two colors; size is (width, height)."""
     picture, buffer = Image.fromarray(np.uint8(255) * mask), io.BytesIO()
-    small = picture.resize(size, Image.Resampling.BOX).point(
-        lambda v: 255 * (v > 0)
-    )  # no region vanishes
+    small = picture.resize(size, Image.Resampling.BOX).point(lambda v: 255 * (v > 0))  # no region vanishes
     small.convert("1").save(buffer, format="png", optimize=True)
     return _uri("png", buffer)
 
@@ -146,9 +144,7 @@ def _place(values: np.ndarray, given: tuple[float, float], start: float, end: fl
     return start + (np.asarray(values, dtype=float) - low) / (high - low) * (end - start)
 
 
-def _ticks(
-    given: tuple[float, float], start: float, end: float, integer=False
-) -> list[tuple[float, str]]:
+def _ticks(given: tuple[float, float], start: float, end: float, integer=False) -> list[tuple[float, str]]:
     values = MaxNLocator(4, integer=integer).tick_values(*given)
     margin = 1e-9 * (given[1] - given[0])
     values = [v for v in values if given[0] - margin <= v <= given[1] + margin]
@@ -193,10 +189,7 @@ def metric_charts(test_set: TestSet, scored: Scored, pro_limit: float = PRO_LIMI
         line = (f"area {pixels.area(shares, 1.0):.4f}, {limited}", *_thinned(*pixels.curve(shares)))
         shaded = float(_place(np.float64(pro_limit), (0.0, 1.0), LEFT, RIGHT))
         charts.append(line_chart("PRO", "false-positive rate", "mean overlap", [line], shaded=shaded))
-    return [
-        *charts,
-        line_chart("Precision-recall", "recall", "precision", precision_recall, dot=dots[1]),
-    ]
+    return [*charts, line_chart("Precision-recall", "recall", "precision", precision_recall, dot=dots[1])]
 
 
 def epoch_charts(rows: list[dict], pro_limit: float = PRO_LIMIT) -> list[Chart]:
@@ -315,10 +308,7 @@ class Report:
             "template": None if template is None else jpeg_uri(thumbnail(template)),
             "plot": {"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
         }  # fmt: skip
-        shown = {
-            title: {name: text(value) for name, value in given.items()}
-            for title, given in sections.items()
-        }
+        shown = {title: {name: text(value) for name, value in given.items()} for title, given in sections.items()}
         page = _page_template().render(
             title=text(self.title), data=data, sections=shown, environment=[text(x) for x in environment],
             table=table, charts=charts, histogram=_histogram(items, low, high, labeled),
@@ -351,9 +341,7 @@ def _below_common_folder(items: list[tuple]) -> list[tuple]:
     if len(folders) < 2 or len({os.path.isabs(folder) for folder in folders}) > 1:
         return items
     common = os.path.commonpath(folders)
-    return [
-        (score, name, os.path.relpath(folder, common), *rest) for score, name, folder, *rest in items
-    ]
+    return [(score, name, os.path.relpath(folder, common), *rest) for score, name, folder, *rest in items]
 
 
 def _histogram(items: list[tuple], low: float, high: float, labeled: bool) -> dict:
@@ -373,10 +361,7 @@ def _histogram(items: list[tuple], low: float, high: float, labeled: bool) -> di
             bars.append([round(float(v), 2) for v in (x, top, width - 0.6, unit * count[i])] + [name])
         below = below + count
     sizes = {name: len(scores) for name, scores in groups.items()}
-    x_ticks, y_ticks = (
-        _ticks((low, high), LEFT, RIGHT),
-        _ticks((0, highest), BOTTOM, TOP, integer=True),
-    )
+    x_ticks, y_ticks = (_ticks((low, high), LEFT, RIGHT), _ticks((0, highest), BOTTOM, TOP, integer=True))
     return {"bars": bars, "sizes": sizes, "x_ticks": x_ticks, "y_ticks": y_ticks}
 
 
@@ -403,9 +388,7 @@ def save_evaluation(
     """
     presets, truth = {}, test_set.truth
     if scorer.calibration is not None:
-        presets[f"{1 - scorer.calibration.false_alarm:.0%} of good images"] = (
-            scorer.calibration.thresholds().image
-        )
+        presets[f"{1 - scorer.calibration.false_alarm:.0%} of good images"] = scorer.calibration.thresholds().image
     if scorer.metrics.get("image_threshold") is not None:
         presets["best F1"] = scorer.metrics["image_threshold"]
     presets = presets or {"median score": float(scored.scores.median())}

@@ -239,9 +239,7 @@ class Entry:
         if self.bank is None or result is None:
             return result
         for path in sorted(self.bank.glob("*/metrics.csv")):
-            with contextlib.suppress(
-                OSError, ValueError, KeyError, TypeError
-            ):  # a damaged one does not count
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one does not count
                 rows = read_csv(path)
                 for row in rows:
                     row.update({name: float(row[name]) if row[name] else None for name in METRICS})
@@ -295,9 +293,7 @@ def check_more_flags(table: Table, given: dict) -> None:
         if name in own:
             raise InputError(f"--{name} after --: the table sets it itself; leave it out")
     if given.get("gpu", "cpu") != "cpu":
-        raise InputError(
-            "--gpu: the jobs take all GPUs; choose some by CUDA_VISIBLE_DEVICES, or --gpu cpu"
-        )
+        raise InputError("--gpu: the jobs take all GPUs; choose some by CUDA_VISIBLE_DEVICES, or --gpu cpu")
 
 
 def visible_gpus(given: dict) -> tuple[str, ...]:
@@ -374,9 +370,7 @@ def run(plan: list[Entry], args: argparse.Namespace) -> list[Job]:
     try:
         with util.StopSignals(), (args.out / "lock").open("a") as file:
             if not util.lock(file):
-                raise InputError(
-                    f"another reproduce.py works in {args.out}; wait for it, or choose another --out"
-                )
+                raise InputError(f"another reproduce.py works in {args.out}; wait for it, or choose another --out")
             return run_jobs(jobs, machines, args.out / "slurm", report)
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command again completes what is missing") from None
@@ -430,8 +424,7 @@ def markdown(table: Table, plan: list[Entry], failed: list[Job], args: argparse.
     epochs = {args.epochs[name] for name in table.classes}
     epochs = epochs if len(epochs) == 1 else (f"{name} {args.epochs[name]}" for name in table.classes)
     about = [
-        f"seeds {', '.join(map(str, args.seeds))}"
-        + "; mean ± standard deviation" * (len(args.seeds) > 1),
+        f"seeds {', '.join(map(str, args.seeds))}" + "; mean ± standard deviation" * (len(args.seeds) > 1),
         f"epochs {', '.join(map(str, epochs))}",
         "last epoch, nothing chosen on the test set; both scores from the same weights"
         if table.plus

@@ -43,15 +43,7 @@ from util import (
     share,
     total,
 )
-from verdict import (
-    Calibration,
-    Inspector,
-    Scored,
-    distribution,
-    is_rate,
-    named_thresholds,
-    require,
-)
+from verdict import Calibration, Inspector, Scored, distribution, is_rate, named_thresholds, require
 
 FORMAT, VERSION = "PyramidFlow checkpoint", 3
 LARGEST = 2**14  # of any number in a configuration: a damaged file must not make a huge model
@@ -305,9 +297,7 @@ class Scorer(Inspector):
         """
         path, device = find_checkpoint(path), torch.device(device)
         if path.suffix.lower() == ".onnx":
-            raise InputError(
-                f"{path} is an ONNX file, whose scores are fixed; choose the last.pt it is of"
-            )
+            raise InputError(f"{path} is an ONNX file, whose scores are fixed; choose the last.pt it is of")
         content = load_checkpoint(path)
         if "optimizer" in content:
             raise InputError(f"{path} is what --resume needs; choose last.pt beside it")
@@ -465,9 +455,7 @@ def fit_all(
     return scorers
 
 
-def make_bank(
-    scorer: Scorer, latents: Latents, statistics: Statistics, option: ScoreOptions
-) -> list[int]:
+def make_bank(scorer: Scorer, latents: Latents, statistics: Statistics, option: ScoreOptions) -> list[int]:
     """Give a scorer whose template is the mean the bank that the option asks for; the images in it."""
     chosen, scorer.num_typical = statistics.choose(option.num_template - 1)
     scorer.num_typical += 1  # the mean
@@ -613,9 +601,7 @@ def coarse_levels(latents: Tensors) -> Tensor:
     return torch.cat(small, 1)
 
 
-def calibrate(
-    scorer: Scorer, latents: Latents, chosen: list[int], template_is_mean: bool
-) -> Calibration:
+def calibrate(scorer: Scorer, latents: Latents, chosen: list[int], template_is_mean: bool) -> Calibration:
     """Score the images that the scorer was fitted on, each as if it had not been one of them.
 
     The mean m of N latents and the mean m' of all but z satisfy z - m' = (z - m) N / (N - 1), and a map is

@@ -35,11 +35,7 @@ STRIP_ROWS = 32  # of outputs
 TILE_MIXING, STRIP_MIXING = 6.6, 1.4  # per output, input and output channel; and, of strips, tap
 TILE_TRANSFORMS, STRIP_TRANSFORMS = 550, 200  # per output and channel on either side
 KERNEL_TRANSFORM = 150_000  # per input channel and output channel, however large the map
-BFLOAT16_WORTH = {
-    "direct": 1.0,
-    "tiles": 1.5,
-    "strips": 1.25,
-}  # times faster it has to be, as it rounds more
+BFLOAT16_WORTH = {"direct": 1.0, "tiles": 1.5, "strips": 1.25}  # times faster it has to be, as it rounds more
 
 
 def choose_way(weight: Tensor, x: Tensor | None, upsampled: Tensor | None, stride: int) -> str:
@@ -428,9 +424,7 @@ def kernel_spectrum(weight: Tensor, kind: str) -> Tensor:
 def pair_taps(k: int) -> Tensor:
     """(2,k',k) of 0 and 1: whether output e of a pair meets, at tap q, the pixel of tap m of the small map."""
     reach = (k // 2 + 1) // 2
-    e, m, q = torch.meshgrid(
-        torch.arange(2), torch.arange(2 * reach + 1), torch.arange(k), indexing="ij"
-    )
+    e, m, q = torch.meshgrid(torch.arange(2), torch.arange(2 * reach + 1), torch.arange(k), indexing="ij")
     return ((e + q - k // 2).div(2, rounding_mode="floor") == m - reach).double()
 
 
@@ -449,9 +443,7 @@ class _StripConvolution(torch.autograd.Function):
         scale = 2 if kinds[0] == "upsampled" else 1
         # No view: autograd would copy the gradient of one that is changed in place, into another layout.
         size = (batch, kernels[0].shape[1] // scale, height * scale, width * scale)
-        y = torch.empty(
-            size, dtype=product.dtype, device=product.device, memory_format=torch.channels_last
-        )
+        y = torch.empty(size, dtype=product.dtype, device=product.device, memory_format=torch.channels_last)
         return _to_map(product, "output", k, y)
 
     @staticmethod
@@ -465,9 +457,7 @@ class _StripConvolution(torch.autograd.Function):
             grad_factor = factor.view(*factor.shape[:2], -1, kernel.shape[1])
             if ctx.needs_input_grad[2 + n]:
                 product = _multiply(grad_factor, _adjoint(kernel))
-                grads[n] = _to_map(
-                    product, kind, ctx.k, torch.empty_like(x, memory_format=torch.channels_last)
-                )
+                grads[n] = _to_map(product, kind, ctx.k, torch.empty_like(x, memory_format=torch.channels_last))
             if ctx.needs_input_grad[2 + count + n]:
                 factor_x = _factor(x, kind, ctx.k, kernel.shape[2])
                 grads[count + n] = _multiply_gradient(factor_x, grad_factor, kernel)

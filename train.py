@@ -63,15 +63,7 @@ from model import (
     load_encoder_weights,
     training_loss,
 )
-from scorer import (
-    LAST_FILE,
-    Scorer,
-    TestSet,
-    fit_all,
-    load_checkpoint,
-    save_checkpoint,
-    score_all,
-)
+from scorer import LAST_FILE, Scorer, TestSet, fit_all, load_checkpoint, save_checkpoint, score_all
 from util import Clock, DivergedError, InputError, Interrupted, Parser, StopSignals, number, whole_number
 from verdict import FALSE_ALARM, LOWEST_RATE, Scored, named_thresholds
 
@@ -118,9 +110,7 @@ def train_class(args: Namespace, device: torch.device, stored: dict | None = Non
     model = make_model(config, args, device, is_new=stored is None)
     augment = Augmentation.create(args.augment, args.cls[0], config.image_size, args.seed)
     train_set = Images(data.train, config.image_size, *reading, "training images")
-    test_set = TestSet.load(
-        data, config, args.cache, args.numWorkers, device, region_of_flags(args, config)
-    )
+    test_set = TestSet.load(data, config, args.cache, args.numWorkers, device, region_of_flags(args, config))
     held_out = Images(data.held_out, config.image_size, *reading, "held-out images")
     steps = len(util.share(range(len(data.train) // args.batchSize), equal=True))  # of an epoch
     optimizer = make_optimizer(model, args)
@@ -203,9 +193,7 @@ def evaluate(
     """
     options, roi = options_of_flags(args).with_papers, test_set.truth.roi
     with clock.part("template"):
-        scorers = fit_all(
-            model, train_set, options, args.template, args.cls[0], vars(args), held_out, roi
-        )
+        scorers = fit_all(model, train_set, options, args.template, args.cls[0], vars(args), held_out, roi)
     if not len(test_set.images):
         for option, scorer in zip(options, scorers, strict=True):
             scorer.metrics = {"score": option.score, **asdict(Metrics())}
@@ -352,9 +340,7 @@ def evaluations_left(args: Namespace, epoch: int) -> int:
     return sum(e % args.evalEvery == 0 or e == args.epochs for e in later)
 
 
-def make_model(
-    config: PyramidFlowConfig, args: Namespace, device: torch.device, is_new: bool
-) -> PyramidFlow:
+def make_model(config: PyramidFlowConfig, args: Namespace, device: torch.device, is_new: bool) -> PyramidFlow:
     """The seeded model on its device; of a new run with the weights that it starts from.
 
     Raises:
@@ -377,9 +363,7 @@ def check_memory(config: PyramidFlowConfig, batch_size: int, device: torch.devic
         model = PyramidFlow(config)
     pixels = sum(math.prod(config.level_size(i)) for i in range(config.num_level))
     state = sum(x.nbytes for x in model.state_dict().values())
-    need = (
-        state + 3 * sum(p.nbytes for p in model.parameters()) + 4 * batch_size * config.channels * pixels
-    )
+    need = state + 3 * sum(p.nbytes for p in model.parameters()) + 4 * batch_size * config.channels * pixels
     free = util.free_memory(device)
     if need > free:
         raise InputError(
@@ -391,9 +375,7 @@ def check_memory(config: PyramidFlowConfig, batch_size: int, device: torch.devic
 def make_optimizer(model: PyramidFlow, args: Namespace) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     betas = (args.beta1, args.beta2)
-    return torch.optim.Adam(
-        parameters, args.lr, betas, args.eps, weight_decay=args.weightDecay, fused=True
-    )
+    return torch.optim.Adam(parameters, args.lr, betas, args.eps, weight_decay=args.weightDecay, fused=True)
 
 
 def make_scheduler(
@@ -418,9 +400,7 @@ def make_scheduler(
 def train_classes(args: Namespace, device: torch.device) -> None:
     """One run for each class, then a table of all; a class that fails does not stop the others."""
     if folder := folder_of_good(args):
-        raise InputError(
-            f"{folder} holds good images of one class; give --cls one name, or leave it out"
-        )
+        raise InputError(f"{folder} holds good images of one class; give --cls one name, or leave it out")
     datapath, classes = Path(args.datapath), args.cls
     if "all" in classes:
         classes = dataset.list_classes(datapath, dataset.recognize(datapath, args.dataset))
@@ -585,9 +565,7 @@ class Run:
             if isinstance(value, float):
                 self._board.add_scalar(key, value, scorer.metrics["epoch"])
 
-    def finish(
-        self, scorer: Scorer, test_set: TestSet, scored: Scored, drawn: Scorer, shown: str
-    ) -> None:
+    def finish(self, scorer: Scorer, test_set: TestSet, scored: Scored, drawn: Scorer, shown: str) -> None:
         """The figures of the last epoch, result.json, and the table.
 
         Args:
@@ -641,10 +619,7 @@ class Run:
         rows = [(row, "last") for score in scores for row in self._rows(score)[-1:]]
         rows += [(self._best(metric), f"best {labels[metric]}*") for metric in self._selection()]
         mark = " ({score})" if len(scores) > 1 else ""
-        lines = [
-            (self.args.cls[0], f"{row['epoch']} ({label}){mark.format(**row)}", row)
-            for row, label in rows
-        ]
+        lines = [(self.args.cls[0], f"{row['epoch']} ({label}){mark.format(**row)}", row) for row, label in rows]
         note = "Percent. *chosen on the test set, as the official program does; quote the last epoch."
         return f"{result_table(lines, self.args.proLimit)}\n\n{note}"
 
@@ -666,9 +641,7 @@ def remarks(
     about = f"class {data.name}:"
     lines = [f"{about} {warning}" for warning in data.warnings] + util.without_cuda(device, args.gpu)
     if not data.test:
-        lines.append(
-            f"{about} no test images: no metrics can be had, thresholds come from good images alone"
-        )
+        lines.append(f"{about} no test images: no metrics can be had, thresholds come from good images alone")
     elif not any(not image.defective for image in data.test):
         lines.append(f"{about} no good test images; --holdout 0.2 gives some")
     held_out = f", {len(data.held_out)} good ones held out," if data.held_out else ""
@@ -869,9 +842,7 @@ def config_arguments(parser: Parser, path: Path) -> list[str]:
         raise InputError(f"--config {path}: cannot be read ({reason}); choose another file") from None
     given = given.get("settings", given) if isinstance(given, dict) else given
     if not isinstance(given, dict):
-        raise InputError(
-            f"--config {path}: not a table of flags such as `epochs: 15`; choose another file"
-        )
+        raise InputError(f"--config {path}: not a table of flags such as `epochs: 15`; choose another file")
     return flag_words(parser, given, f"--config {path}")
 
 
@@ -944,9 +915,7 @@ def settle(args: Namespace, device: torch.device) -> Namespace:
     return Namespace(**{**vars(args), "precision": precision, "saveMemory": save_memory})
 
 
-def activation_bytes(
-    config: PyramidFlowConfig, batch_size: int, precision: str, device: torch.device
-) -> int:
+def activation_bytes(config: PyramidFlowConfig, batch_size: int, precision: str, device: torch.device) -> int:
     """Bytes at the peak of a training step under plain autograd, without weights and their gradients.
 
     A block (see `model.CouplingBlock`) keeps the state it makes and exp(s), in float32, and the hidden map
@@ -1031,14 +1000,10 @@ def load_state(folder: Path) -> dict:
         InputError: the folder holds no run that can be resumed.
     """
     if not folder.is_dir() or str(folder) in ("", "."):
-        raise InputError(
-            f"--resume {folder}: no such folder; choose a run's folder, such as saveDir/tile-..."
-        )
+        raise InputError(f"--resume {folder}: no such folder; choose a run's folder, such as saveDir/tile-...")
     path = folder / STATE_FILE
     if not path.is_file():
-        raise InputError(
-            f"--resume {folder}: no {path.name} in it; choose a run's folder, or start again"
-        )
+        raise InputError(f"--resume {folder}: no {path.name} in it; choose a run's folder, or start again")
     content, parser = load_checkpoint(path), make_parser()
     types = {"settings": dict, "training_images": str, "processes": int, "epoch": int, "rows": list,
              "model": dict, "optimizer": dict, "scheduler": dict, "random_state": Tensor}  # fmt: skip
@@ -1134,9 +1099,7 @@ def initialize(model: PyramidFlow, checkpoint: str | None) -> None:
         return
     other = Scorer.load(Path(checkpoint)).model
     mine, theirs = asdict(model.config), asdict(other.config)
-    differing = [
-        f"{k} {theirs[k]}" for k in mine if k not in ("save_memory", "map_size") and mine[k] != theirs[k]
-    ]
+    differing = [f"{k} {theirs[k]}" for k in mine if k not in ("save_memory", "map_size") and mine[k] != theirs[k]]
     if differing:
         raise InputError(f"--init {checkpoint}: it has {', '.join(differing)}; set the flags alike")
     model.load_state_dict(other.state_dict())

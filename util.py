@@ -291,8 +291,7 @@ def describe_environment(device: torch.device) -> list[str]:
     lines = [
         f"python {platform.python_version()}, torch {torch.__version__}, "
         f"torchvision {torchvision.__version__}, numpy {np.__version__}",
-        f"cpu {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {features}, "
-        f"{platform.system()}",
+        f"cpu {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {features}, {platform.system()}",
     ]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -26,10 +26,7 @@ from util import InputError, fraction
 PIXEL_QUANTILE, FALSE_ALARM, LOWEST_RATE = 0.999, 0.05, 1e-4
 IMAGE_QUANTILE = None  # of good images: the rest is the false-alarm rate that was chosen in training
 INTERVAL = (0.025, 0.975)
-LOWEST, HIGHEST = (
-    float(np.finfo(np.float32).tiny),
-    1e30,
-)  # of thresholds, and of scores that mean something
+LOWEST, HIGHEST = (float(np.finfo(np.float32).tiny), 1e30)  # of thresholds, and of scores that mean something
 COLOR_QUANTILE = 0.999  # of good pixels; twice that score has the scale's highest color
 # Where the distribution of pixel scores is stored: every percent, and ever finer towards the highest.
 LEVELS = np.concatenate([np.linspace(0, 0.99, 100), 1 - np.logspace(-2, -6, 41)[1:], [1.0]])
@@ -142,9 +139,7 @@ class Calibration:
             return line + "little higher: --holdout 0.2 tells how many are called defective"
         rank = self.rank(quantile)
         mean, low, high = self.expected_false_alarms(min(rank, count))
-        line += (
-            f"expect {mean:.1%} of new good images to be called defective (95 % interval {low:.1%} to "
-        )
+        line += f"expect {mean:.1%} of new good images to be called defective (95 % interval {low:.1%} to "
         line += f"{high:.1%}), by {count} held-out ones"
         if rank > count:
             needed = math.ceil(quantile / (1 - quantile) - 1e-9)
@@ -233,10 +228,7 @@ def thresholds_of_flags(args: argparse.Namespace, scorer: Inspector) -> Threshol
 
 def named_thresholds(metrics: dict, calibration: Calibration | None) -> dict[str, dict]:
     """Pixel and image threshold of each choice of `choose_thresholds` that can be had, and what it means."""
-    meanings, named = (
-        {"f1": "best F1 on the test images", "recall": "no defective test image is missed"},
-        {},
-    )
+    meanings, named = ({"f1": "best F1 on the test images", "recall": "no defective test image is missed"}, {})
     if calibration is not None:
         good, rate = "held-out" if calibration.held_out else "training", calibration.false_alarm
         share = f"a share of {rate:g} of good images is called defective, by {good} images"
@@ -395,9 +387,7 @@ def judge(
     return Inspection(score, score >= thresholds.image, values, mask, defects, (x, y))
 
 
-def find_defects(
-    mask: np.ndarray, values: np.ndarray, min_area: int = 1
-) -> tuple[np.ndarray, list[Defect]]:
+def find_defects(mask: np.ndarray, values: np.ndarray, min_area: int = 1) -> tuple[np.ndarray, list[Defect]]:
     """The mask (h,w) without regions of less than `min_area` pixels, and the others; values: scores (h,w)."""
     from skimage.measure import label, regionprops_table  # takes a moment that other commands save
 

@@ -68,9 +68,7 @@ of weight gradients, largest, relative to the largest gradient.
 {markdown_table(header, rows)}"""
 
 
-def training_step(
-    chain: Callable[[Tensor], Tensor], networks: nn.Module, x: Tensor
-) -> Callable[[], None]:
+def training_step(chain: Callable[[Tensor], Tensor], networks: nn.Module, x: Tensor) -> Callable[[], None]:
     def step() -> None:
         networks.zero_grad(set_to_none=True)
         x.grad = None
@@ -79,9 +77,7 @@ def training_step(
     return step
 
 
-def build_chain(
-    name: str, networks: list[nn.Module], size: tuple[int, ...]
-) -> Callable[[Tensor], Tensor]:
+def build_chain(name: str, networks: list[nn.Module], size: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
     """Image (B,C,H,W) -> output of the chain, as the named library runs it.
 
     Args:

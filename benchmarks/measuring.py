@@ -47,9 +47,7 @@ def make_parser(description: str) -> Parser:
     """A parser with the flags that all benchmarks have."""
     parser = Parser(description=description)
     parser.add_argument("--gpu", default="0", help="index of the CUDA device, or cpu")
-    parser.add_argument(
-        "--repeats", type=whole_number(1), default=7, help="interleaved repetitions of a timing"
-    )
+    parser.add_argument("--repeats", type=whole_number(1), default=7, help="interleaved repetitions of a timing")
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--out", type=Path, help="folder of the tables; without it a new folder benchmark-<date-time>"
@@ -183,9 +181,7 @@ class CheckpointedNet(SequentialNet):
 
     def forward(self, inputs, logdets=None):
         for block in self:
-            inputs, logdets = torch.utils.checkpoint.checkpoint(
-                block, inputs, logdets, use_reentrant=False
-            )
+            inputs, logdets = torch.utils.checkpoint.checkpoint(block, inputs, logdets, use_reentrant=False)
         return inputs, logdets
 
 

@@ -40,9 +40,7 @@ def main() -> None:
         return
     device, rows, stacks = measuring.prepare(args), {}, 1
     while stacks <= args.maxStacks:
-        rows[stacks] = {
-            chain: measure_in_own_process(chain, stacks, args.gpu) for chain in measuring.CHAINS
-        }
+        rows[stacks] = {chain: measure_in_own_process(chain, stacks, args.gpu) for chain in measuring.CHAINS}
         print(f"{stacks} stacks measured", file=sys.stderr, flush=True)
         stacks *= 2
     path = measuring.report(args.out, "memory", device, memory_table(rows))
@@ -86,9 +84,7 @@ def memory_table(rows: dict[int, dict[str, Memory]]) -> str:
     ratio = ""
     if {2, 16} <= rows.keys():
         deep, flat = (rows[stacks]["SequentialNF"][0] for stacks in (16, 2))
-        ratio = (
-            f"\n\nSequentialNF, activations at 16 stacks / at 2 stacks: {deep / flat:.3f} (bar: 1.05)"
-        )
+        ratio = f"\n\nSequentialNF, activations at 16 stacks / at 2 stacks: {deep / flat:.3f} (bar: 1.05)"
     return f"""\
 Training step of PyramidFlow with 8 levels, 24 channels, 256x256, batch 2, float32 (Fig. 5).
 MiB: peak of all living tensors without weights and weight gradients / growth of the process's memory on the

@@ -152,9 +152,7 @@ def random_images(count: int, config: PyramidFlowConfig, device: torch.device) -
     return torch.randint(256, (count, *config.image_size, 3), dtype=torch.uint8, device=device)
 
 
-def convolution_floor(
-    config: PyramidFlowConfig, precision: str, device: torch.device
-) -> Callable[[], None]:
+def convolution_floor(config: PyramidFlowConfig, precision: str, device: torch.device) -> Callable[[], None]:
     """The official program's k x k convolutions of one step without memory saving, and nothing else:
     forward, gradients of input and of kernel; same precision and layout, each at its full size."""
     dtype = apply_precision(precision) or torch.float32
@@ -226,19 +224,11 @@ def measure_banks(args: argparse.Namespace, device: torch.device) -> None:
             ratio = measuring.median_ratio(times[case], times["paper"])
             memory = sum(t.nbytes for t in inference.scorer.templates) / MIB
             rows.append(
-                [
-                    case,
-                    f"{1000 * seconds:.0f}",
-                    f"{ratio:.2f}",
-                    f"{memory:.0f}",
-                    f"{_file_size(inference):.0f}",
-                ]
+                [case, f"{1000 * seconds:.0f}", f"{ratio:.2f}", f"{memory:.0f}", f"{_file_size(inference):.0f}"]
             )
         header = ["templates", "ms per image", "/ paper", "templates in memory (MiB)", "file (MiB)"]
         about = f"{name}, {precision}, batches of {cases['paper'].num_images}, medians of {args.repeats} rounds."
-        measuring.report(
-            args.out, f"bank-{name}", device, f"{about}\n\n{markdown_table(header, rows)}\n"
-        )
+        measuring.report(args.out, f"bank-{name}", device, f"{about}\n\n{markdown_table(header, rows)}\n")
 
 
 def _file_size(inference: Inference) -> float:
@@ -377,9 +367,7 @@ def _distance(x: Tensor, reference: Tensor) -> float:
     return float((x - reference).norm() / reference.norm())
 
 
-def loss_and_gradient(
-    model: PyramidFlow, batches: list[Tensor], dtype: torch.dtype
-) -> tuple[float, Tensor]:
+def loss_and_gradient(model: PyramidFlow, batches: list[Tensor], dtype: torch.dtype) -> tuple[float, Tensor]:
     """Mean loss of the batches in training mode, and its gradient as one float64 vector."""
     model.to(dtype).train()
     model.zero_grad(set_to_none=True)

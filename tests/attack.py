@@ -77,15 +77,7 @@ LATER_IMPORTS = (
     "matplotlib.pyplot", "sklearn.metrics", "skimage.measure", "onnx", "onnxscript", "onnxruntime",
     "torch.onnx._internal.exporter", "torch._dynamo", "torch.export",
 )  # fmt: skip
-COUNTS = {
-    "kills": 240,
-    "disks": 60,
-    "files": 1200,
-    "images": 58,
-    "silence": 27,
-    "surroundings": 13,
-    "tables": 4,
-}
+COUNTS = {"kills": 240, "disks": 60, "files": 1200, "images": 58, "silence": 27, "surroundings": 13, "tables": 4}
 HANG_S, LIMIT_S = 10, 300  # of one file, of one command
 MOST_MEMORY = 2 * 2**30
 GOODBYE = ("interrupted", "stopped")
@@ -285,10 +277,7 @@ def different(base: Base, name: str, folder: Path) -> str | None:
             if not equal(*(util.load_tensors(run / path.name) for run in (mine, theirs))):
                 return f"{path.name} differs"
         rows = [[_timeless(row) for row in _rows(run / "metrics.csv")] for run in (mine, theirs)]
-        same = (
-            rows[0] == rows[1]
-            and len({(run / "result.json").read_text() for run in (mine, theirs)}) == 1
-        )
+        same = rows[0] == rows[1] and len({(run / "result.json").read_text() for run in (mine, theirs)}) == 1
         return None if same else "metrics.csv or result.json differ"
     if name == "reproduce":
         rows = [_timeless(*_rows(f / "out/table3/results.csv")[:1]) for f in (folder, whole)]
@@ -297,10 +286,7 @@ def different(base: Base, name: str, folder: Path) -> str | None:
         contents = [util.load_tensors(f / "new.pt") for f in (folder, whole)]
         return None if equal(*contents) else "new.pt differs"
     kept = {".png", ".tiff", ".csv", ".onnx"}
-    files = [
-        {p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.suffix in kept}
-        for f in (folder, whole)
-    ]
+    files = [{p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.suffix in kept} for f in (folder, whole)]
     differing = [str(p) for p in files[0].keys() | files[1].keys() if files[0].get(p) != files[1].get(p)]
     return f"{min(differing)} differs" if differing else None
 
@@ -330,12 +316,7 @@ def torn(folder: Path) -> str | None:
     """A file under its final name that is not whole."""
     for path in sorted(folder.rglob("*")):
         check = WHOLE.get(path.suffix)
-        if (
-            check is None
-            or path.name.endswith(".tmp")
-            or not path.is_file()
-            or path.name == predict.ROWS
-        ):
+        if check is None or path.name.endswith(".tmp") or not path.is_file() or path.name == predict.ROWS:
             continue
         try:
             check(path)
@@ -611,9 +592,7 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _outcome(
-    load: Callable[[Path], object], path: Path, noise: int, said: int, memory: int
-) -> str | None:
+def _outcome(load: Callable[[Path], object], path: Path, noise: int, said: int, memory: int) -> str | None:
     """What is wrong with how a file was loaded; None: nothing, it was loaded, or refused in a line."""
     lines = 0
     try:
@@ -642,9 +621,7 @@ def load_files(base: Base, place: Path) -> dict[str, tuple]:
     Code.canary = str(place / "canary")
     image = torch.from_numpy(dataset.read_image(next(base.good.iterdir()), (32, 32)))[None]
     flags = [*map(str, conftest.SMALL), "--imageSize", "64"]
-    encoder = train.PyramidFlow(
-        train.model_config(train.parse_arguments([*flags, "--encoder", "resnet18"]))
-    )
+    encoder = train.PyramidFlow(train.model_config(train.parse_arguments([*flags, "--encoder", "resnet18"])))
     weights, official, picture, mask, pipeline = make_files(base, place, encoder)
     truth = partial(dataset.TestImage, picture, "hole")
 
@@ -774,9 +751,7 @@ def silence(base: Base, rng: random.Random, number: int, place: Path) -> str | N
     found = run_folder(place)
     if not problem and found:
         state = util.load_tensors(found / train.STATE_FILE)["model"]
-        problem = (
-            None if all(x.isfinite().all() for x in state.values()) else "the last state is not finite"
-        )
+        problem = None if all(x.isfinite().all() for x in state.values()) else "the last state is not finite"
     return f"{name}: {problem}" if problem else None
 
 
@@ -797,9 +772,7 @@ def _degenerate_metrics(rng: random.Random) -> str | None:
         "image_auroc": roc_auc_score(labels, scores), "image_ap": average_precision_score(labels, scores),
         "pixel_auroc": roc_auc_score(labels, scores), "pixel_ap": average_precision_score(labels, scores),
     }  # fmt: skip
-    differing = [
-        f"{k} {getattr(got, k)} for {v}" for k, v in wanted.items() if abs(getattr(got, k) - v) > 1e-6
-    ]
+    differing = [f"{k} {getattr(got, k)} for {v}" for k, v in wanted.items() if abs(getattr(got, k) - v) > 1e-6]
     return f"metrics: {', '.join(differing)}" if differing else None
 
 
@@ -833,12 +806,8 @@ def surroundings(base: Base, rng: random.Random, number: int, place: Path) -> st
                              "exit $code", 0),
     }  # fmt: skip
     name, (command, code) = list(cases.items())[number % len(cases)]
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=place, capture_output=True, check=False, timeout=LIMIT_S
-    )
-    ended = Ended(
-        done.returncode, *(text.decode(errors="replace") for text in (done.stdout, done.stderr))
-    )
+    done = subprocess.run(["bash", "-c", command], cwd=place, capture_output=True, check=False, timeout=LIMIT_S)
+    ended = Ended(done.returncode, *(text.decode(errors="replace") for text in (done.stdout, done.stderr)))
     problem = ended.problem((code,)) or torn(place)
     if not problem and name == "two demos at once" and len(list((place / "demo").rglob("*.png"))) != 144:
         problem = "not 144 images"
@@ -847,9 +816,7 @@ def surroundings(base: Base, rng: random.Random, number: int, place: Path) -> st
 
 def _read_only_source(place: Path) -> str:
     copy = place / "copy"
-    shutil.copytree(
-        ROOT, copy, ignore=shutil.ignore_patterns(".*", "demo_data", "saveDir", "tests", "docs")
-    )
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "demo_data", "saveDir", "tests", "docs"))
     (place / "source").mkdir()
     return f"mount --bind {copy} {place}/source && mount -o remount,bind,ro {place}/source"
 
@@ -925,12 +892,8 @@ def attack(name: str, base: Base, seed: int, numbers: list[int]) -> Iterator[tup
 
 def main() -> None:
     parser = util.Parser(description=__doc__)
-    parser.add_argument(
-        "--only", nargs="+", choices=COUNTS, default=list(COUNTS), help="classes of attacks"
-    )
-    parser.add_argument(
-        "--scale", type=util.number(0, above=True), default=1.0, help="of the number of attacks"
-    )
+    parser.add_argument("--only", nargs="+", choices=COUNTS, default=list(COUNTS), help="classes of attacks")
+    parser.add_argument("--scale", type=util.number(0, above=True), default=1.0, help="of the number of attacks")
     parser.add_argument("--seed", type=util.whole_number(0), default=0)
     parser.add_argument("--number", type=util.whole_number(0), help="only this attack of --only")
     args = parser.parse_args()

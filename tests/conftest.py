@@ -28,9 +28,7 @@ def make_class(root: Path, name="widget", masks=True, num_train=6, num_test=3) -
     pattern = 128 + 60 * np.sin(x / 3)[..., None] * np.cos(y / 4)[..., None] * np.array([1.0, 0.8, 0.6])
 
     def picture():
-        return np.clip(pattern * rng.uniform(0.8, 1.2) + rng.normal(0, 4, pattern.shape), 0, 255).astype(
-            np.uint8
-        )
+        return np.clip(pattern * rng.uniform(0.8, 1.2) + rng.normal(0, 4, pattern.shape), 0, 255).astype(np.uint8)
 
     folder = root / name
     for i in range(num_train):

@@ -49,10 +49,7 @@ def write_official(path: Path, model: torch.nn.Module) -> None:
 
 def pipeline_content() -> dict:
     flip = {"__class_fullname__": "HorizontalFlip", "p": 0.5}
-    return {
-        "__version__": "2.0.8",
-        "transform": {"__class_fullname__": "Compose", "p": 1.0, "transforms": [flip]},
-    }
+    return {"__version__": "2.0.8", "transform": {"__class_fullname__": "Compose", "p": 1.0, "transforms": [flip]}}
 
 
 def spoil_bytes(data: bytes, rng: random.Random) -> bytes:
@@ -124,9 +121,7 @@ def spoil_zip(whole: Path, rng: random.Random) -> bytes:
     made = bytearray(file.getvalue())
     if way == 7:  # sizes in the directory at the end
         place = made.find(b"PK\x01\x02")
-        made[place + 20 : place + 28] = struct.pack(
-            "<II", *(rng.choice((2**31, 2**32 - 2, 0)) for _ in "ab")
-        )
+        made[place + 20 : place + 28] = struct.pack("<II", *(rng.choice((2**31, 2**32 - 2, 0)) for _ in "ab"))
     return bytes(made)
 
 
@@ -199,9 +194,7 @@ def _spoil_graph(data: bytes, rng: random.Random) -> bytes:
     if way == 0:  # weights in a file outside of its folder
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL
-        tensor.external_data.add(
-            key="location", value=rng.choice(("../../../etc/passwd", "/etc/passwd", "x"))
-        )
+        tensor.external_data.add(key="location", value=rng.choice(("../../../etc/passwd", "/etc/passwd", "x")))
     elif way == 1 and tensor.raw_data:
         numbers = np.frombuffer(tensor.raw_data, np.uint8).copy()
         numbers[:4] = (0, 0, 192, 127)  # NaN
@@ -228,9 +221,7 @@ def spoil_text(whole: Path, rng: random.Random, place: Path) -> Path:
     elif way < 0.85:
         path.write_bytes(spoil_bytes(whole.read_bytes(), rng))
     else:
-        bomb = "a0: &a0 [x, x]\n" + "".join(
-            f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)
-        )
+        bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
         code = f"epochs: !!python/object/apply:os.mkdir [{Code.canary}]\n"
         path.write_text(rng.choice((code, bomb, "[" * 10**5, "epochs: " + "9" * 10**5, "\0", "")))
     return path
@@ -241,12 +232,8 @@ def spoil_image(whole: Path, rng: random.Random, place: Path) -> Path:
     with Image.open(whole) as image:
         image = image.convert(rng.choice(("RGB", "L", "P", "RGBA", "1")))
     if rng.random() < 0.2:
-        image = Image.fromarray(
-            np.asarray(image.convert("L")).astype(rng.choice((np.uint16, np.float32)))
-        )
-    modes = {"I": (".png", ".tif"), "F": (".tif",)}.get(
-        image.mode[0], (".png", ".bmp", ".tif", ".webp", ".gif")
-    )
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(rng.choice((np.uint16, np.float32))))
+    modes = {"I": (".png", ".tif"), "F": (".tif",)}.get(image.mode[0], (".png", ".bmp", ".tif", ".webp", ".gif"))
     suffix = ".jpg" if image.mode in ("RGB", "L") and rng.random() < 0.2 else rng.choice(modes)
     path, file = place / f"{whole.stem}{'.png' if suffix == '.gif' else suffix}", io.BytesIO()
     image.save(file, format=Image.registered_extensions()[suffix])
@@ -263,9 +250,7 @@ def spoil_image(whole: Path, rng: random.Random, place: Path) -> Path:
 # ------------------------------------------------------------------------- odd images and data
 
 
-def odd_images(
-    picture: Image.Image, canary: Path
-) -> dict[str | bytes, tuple[Callable[[Path], object], bool]]:
+def odd_images(picture: Image.Image, canary: Path) -> dict[str | bytes, tuple[Callable[[Path], object], bool]]:
     """By file name: what makes the file, and whether it is to be read."""
     pixels = np.asarray(picture)
     gray = pixels[..., 0]
@@ -316,9 +301,7 @@ def _bomb(path: Path) -> None:
 
     header = struct.pack(">IIBBBBB", 40000, 40000, 1, 0, 0, 0, 0)
     rows = zlib.compress((b"\0" + b"\xff" * 5000) * 40000, 9)
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
 
 
 def odd_data() -> dict[str, tuple[Callable[[Path], list | None], tuple[str, ...]]]:

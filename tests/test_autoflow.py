@@ -11,13 +11,7 @@ import torch.multiprocessing
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from autoFlow import (
-    CouplingModule,
-    InvertibleModule,
-    SequentialNet,
-    SequentialNF,
-    reconstruction_errors,
-)
+from autoFlow import CouplingModule, InvertibleModule, SequentialNet, SequentialNF, reconstruction_errors
 
 
 class Coupling(CouplingModule):
@@ -26,11 +20,7 @@ class Coupling(CouplingModule):
     def __init__(self, target, width=4, dropout=0.0):
         super().__init__(target)
         self.network = nn.Sequential(
-            nn.Linear(width, 16),
-            nn.BatchNorm1d(16),
-            nn.Tanh(),
-            nn.Dropout(dropout),
-            nn.Linear(16, 2 * width),
+            nn.Linear(width, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 2 * width)
         )
         self.calls = 0
 
@@ -261,9 +251,7 @@ def test_log_dets_may_have_any_number_and_shape():
         chain.zero_grad(set_to_none=True)
         inputs = make_inputs()
         values, (total,) = chain(inputs, (torch.zeros(8, dtype=torch.float64),))
-        torch.testing.assert_close(
-            total.detach(), torch.full((8,), 3 * 2 * 4 * 0.2, dtype=torch.float64)
-        )
+        torch.testing.assert_close(total.detach(), torch.full((8,), 3 * 2 * 4 * 0.2, dtype=torch.float64))
         (total.square().sum() + values[1].sum()).backward()
         gradients.append([p.grad for p in chain.parameters()])
     torch.testing.assert_close(*gradients)
@@ -305,10 +293,7 @@ def test_a_block_that_occurs_twice_is_applied_twice_and_gets_the_sum():
     assert_same_gradients(*chains)
     plain = sum((x**3).mean() for x in mix(coupling(mix(inputs)[0])[0])[0])
     torch.testing.assert_close(
-        chains[0][0].log_factor.grad,
-        torch.autograd.grad(plain, mix.log_factor)[0],
-        rtol=1e-9,
-        atol=1e-10,
+        chains[0][0].log_factor.grad, torch.autograd.grad(plain, mix.log_factor)[0], rtol=1e-9, atol=1e-10
     )
 
 

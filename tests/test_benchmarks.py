@@ -18,9 +18,7 @@ ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 KIB = 1024
 TINY = {  # two stacks: memory saving has nothing to save in one
-    "fnf": PyramidFlowConfig(
-        encoder="none", num_level=4, num_stack=2, num_channel=4, image_size=(32, 32)
-    ),
+    "fnf": PyramidFlowConfig(encoder="none", num_level=4, num_stack=2, num_channel=4, image_size=(32, 32)),
     "res18": PyramidFlowConfig(encoder="resnet18", num_level=2, num_stack=2, image_size=(64, 64)),
 }
 
@@ -295,15 +293,9 @@ def test_the_gpu_script_runs_what_it_says(tmp_path, run_main, monkeypatch, fails
     first, *others = [line.split() for line in log.read_text().splitlines()]
     assert first[1:3] == ["pytest", "tests/test_cuda.py"]
     asked = []
-    monkeypatch.setattr(
-        speed, "measure_steps", lambda args, _: asked.extend(("step", m) for m in args.model)
-    )
-    monkeypatch.setattr(
-        speed, "measure_epochs", lambda args, _: asked.extend(("epoch", m) for m in args.model)
-    )
-    monkeypatch.setattr(
-        memory, "measure_in_own_process", lambda *_: asked.append("memory") or (1.0, 1.0)
-    )
+    monkeypatch.setattr(speed, "measure_steps", lambda args, _: asked.extend(("step", m) for m in args.model))
+    monkeypatch.setattr(speed, "measure_epochs", lambda args, _: asked.extend(("epoch", m) for m in args.model))
+    monkeypatch.setattr(memory, "measure_in_own_process", lambda *_: asked.append("memory") or (1.0, 1.0))
     for _, module, *arguments in others:
         main = {"benchmarks.speed": speed.main, "benchmarks.memory": memory.main}[module]
         code, _, err = run_main(main, arguments)

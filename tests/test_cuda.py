@@ -96,9 +96,7 @@ def test_parity_with_the_official_program(path, precision, save_memory, device):
     assert (max(errors.values()) > 1e-4) == (precision != "fp32")  # that is what it computes in
 
 
-def parity_errors(
-    official: dict, model: PyramidFlow, device: torch.device, order: float
-) -> dict[str, float]:
+def parity_errors(official: dict, model: PyramidFlow, device: torch.device, order: float) -> dict[str, float]:
     """By name, the errors of a training step and of scoring."""
     given = {name: official[name].to(device) for name in ("train_input", "eval_input")}
     latents, _ = model.train()(given["train_input"])
@@ -254,13 +252,7 @@ def test_images_on_the_device_or_pinned(trained, device, monkeypatch, cache, kep
 def random_model(device: torch.device, **changes) -> PyramidFlow:
     """With weights that are not those of an untrained model."""
     torch.manual_seed(0)
-    config = {
-        "encoder": "none",
-        "num_level": 3,
-        "num_stack": 2,
-        "num_channel": 4,
-        "image_size": (32, 32),
-    }
+    config = {"encoder": "none", "num_level": 3, "num_stack": 2, "num_channel": 4, "image_size": (32, 32)}
     model = PyramidFlow(PyramidFlowConfig(**{**config, **changes}))
     with torch.no_grad():
         for p in model.flow.parameters():

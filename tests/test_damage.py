@@ -87,10 +87,7 @@ class Malice:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("plain_pickle", [True, False])
 def test_a_checkpoint_with_code_in_it_is_not_executed(trained, tmp_path, run_main, plain_pickle):
-    content = {
-        **torch.load(trained.checkpoint, weights_only=True),
-        "metrics": Malice(str(tmp_path / "executed")),
-    }
+    content = {**torch.load(trained.checkpoint, weights_only=True), "metrics": Malice(str(tmp_path / "executed"))}
     path = tmp_path / "a.pt"
     if plain_pickle:
         path.write_bytes(pickle.dumps(content))

@@ -95,9 +95,7 @@ def test_a_missing_mask_is_named(widget):
 def test_masks_with_other_names_are_not_taken_for_a_class_without_masks(widget):
     for path in (widget / "ground_truth" / "hole").iterdir():
         path.rename(path.with_name(path.name.replace("_mask", "_gt")))
-    with pytest.raises(
-        InputError, match=r"hole/000\.png has no mask .*hole/000_gt\.png fits no test image"
-    ):
+    with pytest.raises(InputError, match=r"hole/000\.png has no mask .*hole/000_gt\.png fits no test image"):
         open_class(widget.parent, "widget")
 
 
@@ -107,9 +105,7 @@ def test_masks_in_another_place_are_not_taken_for_a_class_without_masks(widget, 
     (masks / place).mkdir(parents=True, exist_ok=True)
     for path in list_images(masks / "hole"):
         path.rename(masks / place / path.name)
-    with pytest.raises(
-        InputError, match=r"hole/000\.png has no mask .*000_mask\.png fits no test image"
-    ):
+    with pytest.raises(InputError, match=r"hole/000\.png has no mask .*000_mask\.png fits no test image"):
         open_class(widget.parent, "widget")
 
 
@@ -129,9 +125,7 @@ def test_gray_masks_are_cut_at_half_and_zero_masks_stay_empty(widget):
     folder = widget / "ground_truth" / "hole"
     save_image(folder / "000_mask.png", np.full((32, 32), 1, np.uint8))  # 0/1 instead of 0/255
     save_image(folder / "001_mask.png", np.zeros((32, 32), np.uint8))
-    save_image(
-        folder / "002_mask.png", np.repeat([[0, 100, 200, 255]], 32, 0).repeat(8, 1).astype(np.uint8)
-    )
+    save_image(folder / "002_mask.png", np.repeat([[0, 100, 200, 255]], 32, 0).repeat(8, 1).astype(np.uint8))
     noise = np.zeros((32, 32), np.uint8)
     noise[0, 0] = 3
     save_image(folder / "001_mask.png", noise)
@@ -156,9 +150,7 @@ def test_an_empty_mask_of_a_defect_is_a_warning(widget):
     save_image(widget / "ground_truth" / "hole" / "001_mask.png", np.zeros((32, 32), np.uint8))
     assert not load_masks(data, 1)[4].any()
     assert len(data.warnings) == 1
-    assert data.warnings[0].startswith(
-        f"1 defective images have an empty mask, the first is {data.test[4].path}"
-    )
+    assert data.warnings[0].startswith(f"1 defective images have an empty mask, the first is {data.test[4].path}")
 
 
 def test_a_mask_that_is_all_white_is_a_warning(widget):
@@ -205,9 +197,7 @@ def test_folders_in_another_case_are_named(widget, old, new, message):
 def test_of_one_image_and_one_mask_there_are_no_two(widget):
     mask, image = widget / "ground_truth" / "hole" / "000_mask.png", widget / "test" / "hole" / "000.png"
     save_image(mask.with_name("000.png"), np.zeros((32, 32), np.uint8))
-    with pytest.raises(
-        InputError, match=r"000\.png has two masks, .*000_mask\.png and .*000\.png; remove one"
-    ):
+    with pytest.raises(InputError, match=r"000\.png has two masks, .*000_mask\.png and .*000\.png; remove one"):
         open_class(widget.parent, "widget")
     mask.with_name("000.png").unlink()
     save_image(image.with_suffix(".bmp"), np.zeros((32, 32, 3), np.uint8))
@@ -236,14 +226,11 @@ def make_btad(root):
     for name, size, suffix in (("01", (20, 20), ".bmp"), ("03", (600, 800), ".BMP")):
         for i in range(3):
             save_image(
-                root / name / "train" / "ok" / f"{i:04}{suffix}",
-                rng.integers(0, 255, (*size, 3), np.uint8),
+                root / name / "train" / "ok" / f"{i:04}{suffix}", rng.integers(0, 255, (*size, 3), np.uint8)
             )
         save_image(root / name / "test" / "ok" / f"0000{suffix}", rng.integers(0, 255, size, np.uint8))
         for i in range(2):
-            save_image(
-                root / name / "test" / "ko" / f"{i:04}.png", rng.integers(0, 255, (*size, 3), np.uint8)
-            )
+            save_image(root / name / "test" / "ko" / f"{i:04}.png", rng.integers(0, 255, (*size, 3), np.uint8))
             mask = np.zeros(size, np.uint8)
             mask[5:12, 4:9] = 255 * i
             save_image(root / name / "ground_truth" / "ko" / f"{i:04}{('.png', suffix)[i]}", mask)
@@ -282,11 +269,7 @@ def test_layouts_are_recognized(tmp_path):
     make_class(tmp_path / "mvtec")
     make_btad(tmp_path / "btad")
     make_visa(tmp_path / "visa")
-    for name, classes in (
-        ("mvtec", ["widget"]),
-        ("btad", ["01", "03"]),
-        ("visa", ["candle", "macaroni1"]),
-    ):
+    for name, classes in (("mvtec", ["widget"]), ("btad", ["01", "03"]), ("visa", ["candle", "macaroni1"])):
         assert recognize(tmp_path / name) == name
         assert list_classes(tmp_path / name, name) == classes
 
@@ -303,9 +286,7 @@ def test_btad(tmp_path):
     assert masks[1].any()
     assert not masks[2].any()
     assert read_images(data.train, (64, 64)).shape == (3, 64, 64, 3)
-    assert load_masks(open_class(tmp_path, "01"), 1)[1].float().mean() == pytest.approx(
-        35 / 400, abs=0.01
-    )
+    assert load_masks(open_class(tmp_path, "01"), 1)[1].float().mean() == pytest.approx(35 / 400, abs=0.01)
 
 
 def test_loco_masks_in_a_folder_for_each_image_are_united(tmp_path):
@@ -331,9 +312,7 @@ def test_visa(tmp_path):
     assert len(data.train) == 2
     assert [image.kind for image in data.test] == ["anomaly", "anomaly", "good"]
     masks = load_masks(data, 1)
-    assert masks[0].float().mean() == pytest.approx(
-        (12 * 20 + 12 * 5) / (24 * 30), abs=0.01
-    )  # values 1 to 3
+    assert masks[0].float().mean() == pytest.approx((12 * 20 + 12 * 5) / (24 * 30), abs=0.01)  # values 1 to 3
     assert not masks[2].any()
 
 
@@ -496,9 +475,7 @@ def test_normalization_is_imagenets():
 def test_a_damaged_image_is_named(widget, damage):
     path = widget / "train" / "good" / "003.png"
     whole = path.read_bytes()
-    path.write_bytes(
-        {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"not an image"}[damage]
-    )
+    path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"not an image"}[damage])
     with pytest.raises(InputError, match=r"cannot read image .*003\.png \([^']{5,}\); repair"):
         read_images(open_class(widget.parent, "widget").train, (32, 32))
 
@@ -564,9 +541,7 @@ def test_images_are_the_same_from_memory_and_from_files(paths, cache):
 def test_auto_keeps_images_only_where_memory_is_free(paths, monkeypatch, processes):
     reads = []
     monkeypatch.setattr(dataset, "world_size", lambda: processes)
-    monkeypatch.setattr(
-        dataset, "read_image", lambda path, size: reads.append(path) or read_image(path, size)
-    )
+    monkeypatch.setattr(dataset, "read_image", lambda path, size: reads.append(path) or read_image(path, size))
     needed = 6 * 32 * 32 * 3
     for free, kept in ((4 * processes * needed, True), (4 * processes * needed - 1, False)):
         reads.clear()
@@ -593,9 +568,7 @@ def test_batches_are_on_the_cuda_device_whether_it_keeps_the_images_or_not(paths
     on_host = Images(paths, (16, 16), "ram", CPU, 2, "x")
     for cache in ("ram", "none"):
         images = Images(paths, (16, 16), cache, device, 2, "x")
-        for batch, (first, second) in zip(
-            images.batches([[4, 1], [0, 5]]), [[4, 1], [0, 5]], strict=True
-        ):
+        for batch, (first, second) in zip(images.batches([[4, 1], [0, 5]]), [[4, 1], [0, 5]], strict=True):
             assert batch.device.type == "cuda"
             assert torch.equal(batch.cpu(), expected[[first, second]])
         changed, same = (x.batches([range(6)], flips, 3) for x in (images, on_host))
@@ -766,9 +739,7 @@ def test_a_pipeline_that_albumentations_saved(tmp_path, kind):
 )  # fmt: skip
 def test_a_pipeline_that_cannot_be_used_is_an_error_of_one_line(tmp_path, transforms, reason):
     path = pipeline_file(tmp_path / "a.json", *transforms)
-    with pytest.raises(
-        InputError, match=rf"^--augment .*a\.json: .*{reason}.*; correct the file[^\n]*$"
-    ):
+    with pytest.raises(InputError, match=rf"^--augment .*a\.json: .*{reason}.*; correct the file[^\n]*$"):
         Augmentation.create(path, "widget", (32, 32), 0)
 
 
@@ -794,9 +765,7 @@ def test_a_file_that_holds_no_pipeline_is_an_error_of_one_line(tmp_path, name, t
 
 
 def test_a_choice_that_is_no_file_lists_the_choices():
-    with pytest.raises(
-        InputError, match=r"augment flip is no \.yaml or \.json file; use one, or auto, none"
-    ):
+    with pytest.raises(InputError, match=r"augment flip is no \.yaml or \.json file; use one, or auto, none"):
         Augmentation.create("flip", "widget", (32, 32), 0)
 
 
@@ -838,12 +807,7 @@ def test_albumentations_is_imported_only_for_augmentation_and_asks_no_server():
     environment = {k: v for k, v in os.environ.items() if k != "NO_ALBUMENTATIONS_UPDATE"}
     root = os.path.dirname(dataset.__file__)
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["False", "True", "None"]
 

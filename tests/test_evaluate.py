@@ -174,9 +174,7 @@ def change_of(key, value):
         (lambda content: content.pop("templates"), "no 'templates'"),
     ],
 )  # fmt: skip
-def test_a_checkpoint_that_does_not_fit_together_is_one_line(
-    trained, tmp_path, run_main, change, message
-):
+def test_a_checkpoint_that_does_not_fit_together_is_one_line(trained, tmp_path, run_main, change, message):
     content = load_checkpoint(trained.checkpoint)
     change(content)
     torch.save(content, tmp_path / "a.pt")

@@ -69,11 +69,7 @@ def test_onnxruntime_gives_the_same_maps_for_any_batch(tmp_path, encoder, volume
 @pytest.mark.parametrize("contrast", ["latent", "composed"])
 @pytest.mark.parametrize(
     "options",
-    [
-        ScoreOptions("bank", 3, True, 4.0),
-        ScoreOptions("bank", 3, False, 0.0),
-        ScoreOptions("bank", 1, True, 0.0),
-    ],
+    [ScoreOptions("bank", 3, True, 4.0), ScoreOptions("bank", 3, False, 0.0), ScoreOptions("bank", 1, True, 0.0)],
 )
 def test_the_bank_is_in_the_graph(tmp_path, options, contrast):
     assert_same_maps(make_scorer(options=options, contrast=contrast), tmp_path / "a.onnx")
@@ -169,9 +165,7 @@ def test_thresholds_are_readable_without_json(tmp_path):
     assert (metadata["any_image_size"], metadata["class"]) == ("false", "widget")
 
 
-@pytest.mark.parametrize(
-    "size", [(32, 64), (7, 5), (33, 31), (64, 128), (300, 301), (20, 900), (1000, 750)]
-)
+@pytest.mark.parametrize("size", [(32, 64), (7, 5), (33, 31), (64, 128), (300, 301), (20, 900), (1000, 750)])
 def test_the_graph_resizes_as_pil_does(tmp_path, size):
     """Both are seen by a graph that does nothing else."""
     helper, uint8 = onnx.helper, onnx.TensorProto.UINT8

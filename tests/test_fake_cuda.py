@@ -18,15 +18,7 @@ import scorer
 import train
 from benchmarks.measuring import DEFAULT_MODELS
 from dataset import normalize
-from model import (
-    CONTRASTS,
-    LOSSES,
-    TEMPLATES,
-    VOLUME_NORMS,
-    PyramidFlow,
-    PyramidFlowConfig,
-    training_loss,
-)
+from model import CONTRASTS, LOSSES, TEMPLATES, VOLUME_NORMS, PyramidFlow, PyramidFlowConfig, training_loss
 from scorer import Latents, Scorer, Statistics, lay_out
 
 # What the default FNF with its 16 blocks launches: bars that may be lowered, and raised for a reason only.
@@ -86,9 +78,7 @@ def gradients(outputs, inputs, grad_outputs=None, allow_unused=False) -> tuple[T
         for (then, number), grad in backward_of(node, given):
             if then is not None and grad is not None:
                 expected = then._input_metadata[number]
-                grad = grad.sum_to_size(expected.shape).to(
-                    expected.dtype
-                )  # of what was broadcast, or cast
+                grad = grad.sum_to_size(expected.shape).to(expected.dtype)  # of what was broadcast, or cast
                 add_gradient(waiting[then], number, grad)
     assert allow_unused or all(x in found for x in inputs)
     return tuple(found.get(x) for x in inputs)

@@ -25,9 +25,7 @@ def make_test_set(kinds, names=None, masks=True):
     """A few gray images whose defect is a square, and maps that find it."""
     rng = np.random.default_rng(0)
     names = names or [f"{i:03}.png" for i in range(len(kinds))]
-    test = [
-        dataset.TestImage(Path("x") / name, kind, None) for name, kind in zip(names, kinds, strict=True)
-    ]
+    test = [dataset.TestImage(Path("x") / name, kind, None) for name, kind in zip(names, kinds, strict=True)]
     truth = torch.zeros(len(kinds), SIZE, SIZE, dtype=torch.bool)
     defective = torch.tensor([image.defective for image in test])
     truth[defective, 8:16, 8:16] = True
@@ -46,11 +44,7 @@ class ScorerStub:
 
     def image_template(self, image):
         self.asked.append(image)
-        return (
-            -torch.tensor(IMAGENET_MEAN).view(3, 1, 1).expand(3, SIZE, SIZE)
-            if self.has_template
-            else None
-        )
+        return -torch.tensor(IMAGENET_MEAN).view(3, 1, 1).expand(3, SIZE, SIZE) if self.has_template else None
 
 
 def files_in(folder):
@@ -93,9 +87,7 @@ def test_an_evaluation_has_panels_histogram_and_curves(tmp_path):
 def test_what_is_not_known_is_left_out(tmp_path):
     kinds = ["good", "hole"]
     figures.save_evaluation(tmp_path / "all", *make_test_set(kinds), ScorerStub())
-    figures.save_evaluation(
-        tmp_path / "few", *make_test_set(kinds, masks=False), ScorerStub(None, False)
-    )
+    figures.save_evaluation(tmp_path / "few", *make_test_set(kinds, masks=False), ScorerStub(None, False))
     assert files_in(tmp_path / "all") - files_in(tmp_path / "few") == {"roc_pro.png"}
     wide, narrow = (figures.read(tmp_path / x / "hole" / "001_png.png").shape[1] for x in ("all", "few"))
     assert narrow < 0.6 * wide  # two pictures instead of four
@@ -142,9 +134,7 @@ def test_curves_of_many_points_are_thinned_out_and_keep_their_ends(monkeypatch):
     figures.save_roc_and_pro(Path("x"), nothing, pixels, shares, pro_limit=0.1)
     (figure,) = drawn
     assert [axes.get_title() for axes in figure.axes] == ["ROC", "PRO", "precision-recall"]
-    for axes, start, end in zip(
-        figure.axes, [(0, 0), (0, 0), None], [(1, 1), (1, 1), (0, 1)], strict=True
-    ):
+    for axes, start, end in zip(figure.axes, [(0, 0), (0, 0), None], [(1, 1), (1, 1), (0, 1)], strict=True):
         (line,) = axes.lines  # images are undefined here
         points = line.get_xydata()
         assert len(points) <= figures.CURVE_POINTS
@@ -169,9 +159,7 @@ def test_metrics_over_epochs_leave_out_what_is_undefined(tmp_path, monkeypatch):
     rows = [{"epoch": i, "loss": 1 / i, **dict.fromkeys(METRICS, 0.9), "pixel_ap": None} for i in (1, 2)]
     labels = []
     monkeypatch.setattr(
-        figures,
-        "_save",
-        lambda figure, path: labels.extend(figure.axes[1].get_legend_handles_labels()[1]),
+        figures, "_save", lambda figure, path: labels.extend(figure.axes[1].get_legend_handles_labels()[1])
     )
     figures.save_curves(tmp_path / "curves.png", rows, pro_limit=0.05)
     assert labels == ["pixel AUROC", "image AUROC", "PRO", "PRO@0.05", "image AP"]

@@ -68,9 +68,7 @@ def test_new_light_is_no_defect_any_more(trained, tmp_path, other, run_main):
 
 
 def test_what_was_fitted_can_be_fitted_again_and_keeps_its_score(trained, tmp_path, other, run_main):
-    assert (
-        run(run_main, trained, other, tmp_path / "a.pt", "--score", "bank", "--numTemplate", 2)[0] == 0
-    )
+    assert run(run_main, trained, other, tmp_path / "a.pt", "--score", "bank", "--numTemplate", 2)[0] == 0
     flags = ["--out", tmp_path / "b.pt", "--gpu", "cpu"]
     code, text, err = run_main(fit.main, [tmp_path / "a.pt", other, *flags])
     assert code == 0, err
@@ -111,8 +109,7 @@ def test_folders_that_will_not_do(trained, tmp_path, other, run_main):
 
 
 @pytest.mark.parametrize(
-    ("extra", "message"),
-    [(["--whiten", "false"], "need --score bank"), (["--score", "mean"], "invalid choice")],
+    ("extra", "message"), [(["--whiten", "false"], "need --score bank"), (["--score", "mean"], "invalid choice")]
 )
 def test_bad_flags(trained, tmp_path, other, run_main, extra, message):
     code, _, err = run(run_main, trained, other, tmp_path / "new.pt", *extra)

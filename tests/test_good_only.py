@@ -170,10 +170,7 @@ def test_masks_are_paired_by_name(tmp_path):
         (["--good", "good", "--bad", "good"], "is the folder of --good, too"),
         (["--good", "good", "--masks", "masks"], "give both"),
         (["--good", "good", "--bad", "bad", "--masks", "nowhere"], "--masks nowhere is not a folder"),
-        (
-            ["--good", "good", "--bad", "bad", "--masks", "masks"],
-            "000.png has no mask masks/000_mask.png",
-        ),
+        (["--good", "good", "--bad", "bad", "--masks", "masks"], "000.png has no mask masks/000_mask.png"),
         (["--bad", "bad"], "--bad needs the folder of the good images"),
         (["--good", "good", "--cls", "a", "b"], "good images of one class"),
         (["--good", "good", "--cls", "all"], "good images of one class"),
@@ -307,9 +304,7 @@ def test_held_out_images_are_neither_trained_on_nor_templates(tmp_path, run_main
     good = make_class(tmp_path / "data", num_train=8) / "train" / "good"
     seen = []
     original = train.training_order
-    monkeypatch.setattr(
-        train, "training_order", lambda *given: seen.append(given[0]) or original(*given)
-    )
+    monkeypatch.setattr(train, "training_order", lambda *given: seen.append(given[0]) or original(*given))
     run, out = trained_on(
         run_main, tmp_path, "--good", good, "--holdout", 0.25, "--score", score, "--falseAlarm", 0.4
     )
@@ -321,9 +316,7 @@ def test_held_out_images_are_neither_trained_on_nor_templates(tmp_path, run_main
     scores = sorted(scorer.score_all(images).scores.tolist())
     assert scorer.calibration.image_scores == pytest.approx(scores, rel=1e-5)
     again = Scorer.fit(
-        scorer.model,
-        train.Images(data.train, (32, 32), "ram", torch.device("cpu"), 1, "x"),
-        scorer.options,
+        scorer.model, train.Images(data.train, (32, 32), "ram", torch.device("cpu"), 1, "x"), scorer.options
     )
     for ours, theirs in zip(again.templates, scorer.templates, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
@@ -402,16 +395,13 @@ def test_at_full_recall_no_defective_test_image_is_missed(trained):
     metrics = load_checkpoint(trained.checkpoint)["metrics"]
     assert metrics["image_recall_threshold"] <= metrics["image_threshold"]
     data = open_class(trained.data, "widget")
-    images = train.Images(
-        [i.path for i in data.test if i.defective], (32, 32), "ram", torch.device("cpu"), 1, "x"
-    )
+    images = train.Images([i.path for i in data.test if i.defective], (32, 32), "ram", torch.device("cpu"), 1, "x")
     scores = Scorer.load(trained.checkpoint).score_all(images).scores
     assert float(scores.min()) == pytest.approx(metrics["image_recall_threshold"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"held_out": 1}, {"false_alarm": "x"}, {"false_alarm": 0.0}, {"false_alarm": float("nan")}],
+    "change", [{"held_out": 1}, {"false_alarm": "x"}, {"false_alarm": 0.0}, {"false_alarm": float("nan")}]
 )
 def test_a_calibration_that_no_flag_gives_is_refused(change):
     given = asdict(Calibration([1.0], PIXELS))

@@ -128,9 +128,7 @@ def test_scale_of_every_bfloat16_is_looked_up_as_it_is_computed(mean):
     mean = torch.randn(1, 1, 64, 64) if mean == "a tensor" else mean
     found, expected = (f(raw, mean) for f in (kernels.scale_and_shift, kernels.plain_scale_and_shift))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    assert not kernels.scale_and_shift(torch.full((1, 2, 1, 1), torch.nan).bfloat16(), (0, 1))[
-        0
-    ].isfinite()
+    assert not kernels.scale_and_shift(torch.full((1, 2, 1, 1), torch.nan).bfloat16(), (0, 1))[0].isfinite()
 
 
 # ------------------------------------------------------------------------------ k x k convolutions

@@ -25,14 +25,7 @@ from verdict import Scored, distribution, resize_roi
 
 def small_config(**changes):
     return PyramidFlowConfig(
-        **{
-            "encoder": "none",
-            "num_level": 2,
-            "num_stack": 1,
-            "num_channel": 4,
-            "kernel_size": 3,
-            **changes,
-        }
+        **{"encoder": "none", "num_level": 2, "num_stack": 1, "num_channel": 4, "kernel_size": 3, **changes}
     )
 
 
@@ -131,9 +124,7 @@ def test_a_native_run_from_training_to_the_graph(tmp_path, run_main):
 def test_fit_and_evaluate_change_the_size_and_the_score(trained, tmp_path, run_main):
     good, common = trained.data / "widget" / "train" / "good", ["--gpu", "cpu", "--precision", "fp32"]
     flags = ["--mapSize", 40, 50, "--imageScore", "top"]
-    code, _, err = run_main(
-        fit.main, [trained.checkpoint, good, "--out", tmp_path / "new.pt", *flags, *common]
-    )
+    code, _, err = run_main(fit.main, [trained.checkpoint, good, "--out", tmp_path / "new.pt", *flags, *common])
     assert code == 0, err
     new = Scorer.load(tmp_path / "new.pt")
     assert (new.map_size, new.options.image_score, new.options.score) == ((40, 50), "top", "paper")
@@ -343,16 +334,7 @@ def test_the_part_from_training_to_the_verdict(tmp_path, run_main):
     whole = [loaded.inspect(path, roi=everything).score for path in good]
     assert [loaded.inspect(path).score for path in good] != whole
 
-    flags = [
-        "--datapath",
-        tmp_path / "data",
-        "--out",
-        tmp_path / "out",
-        "--gpu",
-        "cpu",
-        "--precision",
-        "fp32",
-    ]
+    flags = ["--datapath", tmp_path / "data", "--out", tmp_path / "out", "--gpu", "cpu", "--precision", "fp32"]
     code, _, err = run_main(evaluate.main, [run, *flags])
     assert code == 0, err
     (folder,) = (tmp_path / "out").iterdir()
@@ -363,7 +345,5 @@ def test_the_part_from_training_to_the_verdict(tmp_path, run_main):
     assert code == 0, err
     for row in csv.DictReader((tmp_path / "predictions" / "scores.csv").open()):
         assert int(row["peak_x"]) >= 20
-        mask = Image.open(
-            tmp_path / "predictions" / row["map"].replace("maps", "masks").replace("tiff", "png")
-        )
+        mask = Image.open(tmp_path / "predictions" / row["map"].replace("maps", "masks").replace("tiff", "png"))
         assert not np.asarray(mask)[:, :20].any()

@@ -217,12 +217,7 @@ def test_shapes_that_disagree_are_refused():
 
 
 def test_labels_follow_the_limit_and_every_metric_has_one():
-    assert [*vars(Metrics())] == [
-        *METRICS,
-        "pixel_threshold",
-        "image_threshold",
-        "image_recall_threshold",
-    ]
+    assert [*vars(Metrics())] == [*METRICS, "pixel_threshold", "image_threshold", "image_recall_threshold"]
     assert metric_labels() == METRICS
     assert metric_labels(0.05) == {**METRICS, "pixel_pro_limited": "PRO@0.05"}
 

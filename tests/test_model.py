@@ -34,9 +34,7 @@ SMALL = {"encoder": "none", "num_channel": 3, "kernel_size": 3, "image_size": (1
 def small_model(**changes):
     """A float64 model whose second convolutions are not zero, so that mistakes show."""
     torch.manual_seed(0)
-    model = PyramidFlow(
-        PyramidFlowConfig(**{**SMALL, "num_level": 3, "num_stack": 2, **changes})
-    ).double()
+    model = PyramidFlow(PyramidFlowConfig(**{**SMALL, "num_level": 3, "num_stack": 2, **changes})).double()
     perturb(model)
     return model
 
@@ -124,9 +122,7 @@ def test_parity_of_a_training_step(official, save_memory):
     assert grads.keys() == trained.keys()
     for name, grad in grads.items():
         assert_parity(
-            trained[name],
-            grad.reshape(shapes[name]) if grad.numel() == trained[name].numel() else grad,
-            name,
+            trained[name], grad.reshape(shapes[name]) if grad.numel() == trained[name].numel() else grad, name
         )
     buffers = dict(model.named_buffers())
     for name, buffer in convert_state_dict(model, official["buffers_after_step"]).items():
@@ -194,9 +190,7 @@ def flow_jacobian(function, levels):
 @pytest.mark.parametrize("volume_norm", ["CVN", "SVN", "none"])
 @pytest.mark.parametrize("num_level", [2, 3, 4])
 def test_the_whole_flow_is_undone(num_level, volume_norm, training, save_memory):
-    model = small_model(num_level=num_level, volume_norm=volume_norm, save_memory=save_memory).train(
-        training
-    )
+    model = small_model(num_level=num_level, volume_norm=volume_norm, save_memory=save_memory).train(training)
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
         model.to(dtype)
         x = images(model).to(dtype)
@@ -207,9 +201,7 @@ def test_the_whole_flow_is_undone(num_level, volume_norm, training, save_memory)
 
 @pytest.mark.parametrize("volume_norm", ["CVN", "SVN", "none"])
 def test_the_models_log_det_equals_the_jacobians(volume_norm):
-    model = small_model(
-        num_level=2, image_size=(4, 4), volume_norm=volume_norm, save_memory=False
-    ).eval()
+    model = small_model(num_level=2, image_size=(4, 4), volume_norm=volume_norm, save_memory=False).eval()
     x = images(model, batch=1)
     _, logdets = model(x, logdets=True)
     levels = model.pyramid.decompose(model.stem(x))
@@ -268,9 +260,7 @@ class OtherLayouts(TorchDispatchMode):
 @pytest.mark.parametrize("volume_norm", ["CVN", "SVN", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", spectral.WAYS)
-def test_one_memory_format_from_the_images_to_the_anomaly_maps(
-    way, dtype, volume_norm, save_memory, monkeypatch
-):
+def test_one_memory_format_from_the_images_to_the_anomaly_maps(way, dtype, volume_norm, save_memory, monkeypatch):
     """Also of all gradients: a copy into another layout, or work on one, takes longer than the work itself."""
     monkeypatch.setattr(kernels, "choose_way", lambda *given: way if given[3] == 1 else "direct")
     model = small_model(
@@ -475,9 +465,7 @@ def test_zero_template_compares_each_image_with_zero(kind, contrast):
     model = small_model(contrast=contrast)
     latents, _ = model(images(model, batch=3))
     singles = [
-        pair_loss(
-            model.pyramid, tuple(torch.cat([z[i : i + 1], 0 * z[:1]]) for z in latents), kind, contrast
-        )
+        pair_loss(model.pyramid, tuple(torch.cat([z[i : i + 1], 0 * z[:1]]) for z in latents), kind, contrast)
         for i in range(3)
     ]
     torch.testing.assert_close(zero_loss(model.pyramid, latents, kind, contrast), sum(singles) / 3)
@@ -514,9 +502,7 @@ def test_likelihood_loss_is_that_of_a_gaussian_under_the_flow():
     z = torch.cat([x.flatten() for x in model.latents(features)[0]])
     normal = torch.distributions.Normal(0, 1)
     expected = -(normal.log_prob(z).sum() + torch.linalg.slogdet(jacobian)[1]) / z.numel()
-    loss = training_loss(model, *model.latents(features, logdets=True), "likelihood") + 0.5 * math.log(
-        2 * math.pi
-    )
+    loss = training_loss(model, *model.latents(features, logdets=True), "likelihood") + 0.5 * math.log(2 * math.pi)
     torch.testing.assert_close(loss, expected.detach(), check_dtype=False)
 
 

@@ -53,9 +53,7 @@ def imported(path):
         else:
             continue
         (later if id(node) in within else at_once).update(name.partition(".")[0] for name in modules)
-    ours = {path.stem for path in ROOT.glob("*.py")} | {
-        path.name for path in ROOT.iterdir() if path.is_dir()
-    }
+    ours = {path.stem for path in ROOT.glob("*.py")} | {path.name for path in ROOT.iterdir() if path.is_dir()}
     return tuple(names - ours - sys.stdlib_module_names for names in (at_once, later))
 
 
@@ -64,9 +62,7 @@ def distributions(modules):
 
 
 RUN_TIME = parse(PROJECT["dependencies"])
-ANY = RUN_TIME | {
-    name: requirement for extra in EXTRAS.values() for name, requirement in parse(extra).items()
-}
+ANY = RUN_TIME | {name: requirement for extra in EXTRAS.values() for name, requirement in parse(extra).items()}
 
 
 def test_requirements_are_those_of_the_project():

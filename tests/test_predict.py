@@ -49,9 +49,7 @@ def test_scores_maps_masks_and_pictures(trained, tmp_path, run_main):
         assert (row["decision"] == "defective") == (float(row["score"]) >= float(row["threshold"]))
         difference = float(row["score"]) - float(row["threshold"])
         assert float(row["margin"]) == pytest.approx(difference, abs=1e-5)
-        assert float(row["pixel_threshold"]) == pytest.approx(
-            loaded.metrics["pixel_threshold"], rel=1e-5
-        )
+        assert float(row["pixel_threshold"]) == pytest.approx(loaded.metrics["pixel_threshold"], rel=1e-5)
         name = f"{image.kind}/{image.path.stem}"
         assert row["map"] == f"maps/{name}.tiff"
         raw = np.asarray(Image.open(tmp_path / "out" / row["map"]))
@@ -227,9 +225,7 @@ def test_bad_flags(trained, tmp_path, run_main, extra, message):
 )
 def test_what_lies_beside_the_checkpoint_is_no_model(trained, tmp_path, run_main, name, message):
     model = trained.checkpoint.parent / name
-    code, _, err = run_main(
-        predict.main, [model, trained.data, "--out", tmp_path / "out", "--gpu", "cpu"]
-    )
+    code, _, err = run_main(predict.main, [model, trained.data, "--out", tmp_path / "out", "--gpu", "cpu"])
     assert (code, err.count("\n")) == (2, 1), err
     assert message in err
 
@@ -260,9 +256,7 @@ def test_a_score_that_is_not_finite_is_no_verdict(trained, tmp_path, run_main):
     scorer.model.stem.weight.data *= 1e37
     scorer.save(tmp_path / "a.pt")
     images = trained.data / "widget" / "test"
-    code, _, err = run_main(
-        predict.main, [tmp_path / "a.pt", images, "--out", tmp_path / "out", "--gpu", "cpu"]
-    )
+    code, _, err = run_main(predict.main, [tmp_path / "a.pt", images, "--out", tmp_path / "out", "--gpu", "cpu"])
     assert (code, err.count("\n")) == (2, 1)
     assert "no finite score" in err
     assert "good/000.png" in err
@@ -448,9 +442,7 @@ def test_own_results_and_linked_folders_are_not_scored(trained, tmp_path, run_ma
 
 def test_names_that_differ_in_case_only_do_not_meet():
     taken = set()
-    names = [
-        predict._free_name(predict.Path(name), taken) for name in ("a.png", "A.png", "A.PNG", "a_png.x")
-    ]
+    names = [predict._free_name(predict.Path(name), taken) for name in ("a.png", "A.png", "A.PNG", "a_png.x")]
     assert len({str(name).casefold() for name in names}) == 4
 
 
@@ -528,9 +520,7 @@ def test_shards_are_parts_of_the_whole(trained, tmp_path, run_main):
 # ------------------------------------------------------------------------------ what goes wrong
 
 
-def test_a_continued_prediction_says_what_its_report_does_not_show(
-    trained, tmp_path, run_main, monkeypatch
-):
+def test_a_continued_prediction_says_what_its_report_does_not_show(trained, tmp_path, run_main, monkeypatch):
     original, count = predict.Writer.write, []
 
     def write(self, *arguments):

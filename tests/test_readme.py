@@ -16,9 +16,7 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 LARGEST_README = 13_000  # bytes: more belongs in docs/
 OTHERS_FLAGS = {"nproc_per_node", "scale"}  # of torchrun, and of tests/attack.py
 OTHERS_MODULES = {"pip", "pytest", "venv"}
-COMMAND = re.compile(
-    r"python(?:3|\.exe)?\s+(?:-m\s+(?P<module>[\w.]+)|(?P<script>[\w/]+\.py))(?P<rest>[^`;#\n]*)"
-)
+COMMAND = re.compile(r"python(?:3|\.exe)?\s+(?:-m\s+(?P<module>[\w.]+)|(?P<script>[\w/]+\.py))(?P<rest>[^`;#\n]*)")
 
 
 def text_of(page):
@@ -51,9 +49,7 @@ def help_of(module):
     with pytest.MonkeyPatch.context() as patch:
         lines = []
         patch.setattr(sys, "argv", [f"{module}.py", "--help"])
-        patch.setattr(
-            "argparse.ArgumentParser._print_message", lambda _, text, file=None: lines.append(text)
-        )
+        patch.setattr("argparse.ArgumentParser._print_message", lambda _, text, file=None: lines.append(text))
         with pytest.raises(SystemExit):
             importlib.import_module(module).main()
     return "".join(lines)
@@ -78,9 +74,7 @@ def test_the_python_example_works_on_a_new_image(trained):
     names = {}
     exec(code, names)
     assert names["result"].map.shape == names["result"].mask.shape == read_image(image).shape[:2]
-    assert names["result"].defective == (
-        names["result"].score >= names["scorer"].calibration.thresholds().image
-    )
+    assert names["result"].defective == (names["result"].score >= names["scorer"].calibration.thresholds().image)
 
 
 def test_the_readme_is_short():

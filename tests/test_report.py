@@ -94,12 +94,7 @@ def test_a_prediction_shows_what_its_table_says(predicted):
     assert {(t["name"], f"{t['score']:.6g}") for t in data["tiles"]} == {
         (row["path"], row["score"]) for row in rows
     }
-    assert {t["kind"] for t in data["tiles"]} == {
-        "train/good",
-        "test/good",
-        "test/hole",
-        "ground_truth/hole",
-    }
+    assert {t["kind"] for t in data["tiles"]} == {"train/good", "test/good", "test/hole", "ground_truth/hole"}
     assert list(data["tiles"][0]["pictures"]) == ["image", "overlay", "map", "mask"]
 
 
@@ -118,9 +113,7 @@ def test_names_are_text_and_nothing_else(tmp_path):
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert html.count("</script>") == html.count("<script") == 3
     assert "<img src=x" not in html
-    assert "49" not in re.sub(
-        r"[\w+/=;:,]{60,}", "", html[: html.index("<style")]
-    )  # no template in a name
+    assert "49" not in re.sub(r"[\w+/=;:,]{60,}", "", html[: html.index("<style")])  # no template in a name
     names = [tile["name"] for tile in data_of(tmp_path / "report.html")["tiles"]]
     assert names == [NASTY, r"latin-\udce9.png"]  # as in scores.csv
 
@@ -224,9 +217,7 @@ def test_a_thousand_images_stay_below_30_mb(thousand):
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     if not (CHROMIUM.is_file() and DRIVER.is_file()):
-        pytest.skip(
-            f"no {CHROMIUM} and {DRIVER} here (Debian: apt-get install chromium chromium-driver)"
-        )
+        pytest.skip(f"no {CHROMIUM} and {DRIVER} here (Debian: apt-get install chromium chromium-driver)")
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     from selenium.webdriver.chrome.service import Service
 
@@ -342,9 +333,7 @@ def test_a_click_shows_all_pictures_and_the_keyboard_the_next_image(browser, eva
     focused = page.run("return arguments[0].querySelector('img').src", tile)
     assert focused == data_of(evaluated / report.FILE)["tiles"][0]["pictures"]["overlay"]
     tile.send_keys(Keys.ENTER)
-    shown = page.run(
-        "return [...document.querySelectorAll('#pictures img')].map(i => [i.alt, i.naturalWidth])"
-    )
+    shown = page.run("return [...document.querySelectorAll('#pictures img')].map(i => [i.alt, i.naturalWidth])")
     assert [name for name, _ in shown] == ["image", "mean template", "overlay", "map", "ground truth"]
     assert all(width > 0 for _, width in shown)
     tiles = data_of(evaluated / report.FILE)["tiles"]

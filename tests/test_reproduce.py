@@ -26,18 +26,7 @@ TINY = ["--imageSize", 32, "--numLayer", 2, "--numStack", 1, "--numChannel", 4, 
 
 
 def arguments(tmp_path, table, *extra):
-    return [
-        table,
-        "--datapath",
-        tmp_path / "data",
-        "--out",
-        tmp_path / "out",
-        "--epochs",
-        1,
-        *extra,
-        "--",
-        *TINY,
-    ]
+    return [table, "--datapath", tmp_path / "data", "--out", tmp_path / "out", "--epochs", 1, *extra, "--", *TINY]
 
 
 def fill(folder, pixel, pro, best=None, paper=None):
@@ -196,9 +185,7 @@ def test_a_training_that_outlived_its_reproduce_is_waited_for(tmp_path):
         told.append(what)
         (job.folder / "finish").touch()
 
-    with subprocess.Popen(
-        [sys.executable, "-c", script], cwd=job.folder, stdout=subprocess.PIPE
-    ) as orphan:
+    with subprocess.Popen([sys.executable, "-c", script], cwd=job.folder, stdout=subprocess.PIPE) as orphan:
         orphan.stdout.readline()
         assert job.is_running()
         assert not run_jobs([job], Machines(), tmp_path / "slurm", report)
@@ -238,16 +225,12 @@ def test_means_and_deviations(tmp_path, run_main, seeds):
     text = (tmp_path / "out" / "table3" / "table.md").read_text()
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
     tile = [100 * values["tile", s] for s in seeds]
-    shown = f"{statistics.mean(tile):.1f}" + (
-        f" ± {statistics.stdev(tile):.1f}" if len(seeds) > 1 else ""
-    )
+    shown = f"{statistics.mean(tile):.1f}" + (f" ± {statistics.stdev(tile):.1f}" if len(seeds) > 1 else "")
     assert f"| tile | {shown} |" in rows["tile"]
     assert "| 99.0" in rows["tile"]
     assert f"| 97.9 | 95.8 | {statistics.mean(tile) - 97.9:+.1f} |" in rows["tile"]
     by_seed = [100 * statistics.mean(values[c, s] for c in classes) for s in seeds]
-    shown = f"{statistics.mean(by_seed):.1f}" + (
-        f" ± {statistics.stdev(by_seed):.1f}" if len(seeds) > 1 else ""
-    )
+    shown = f"{statistics.mean(by_seed):.1f}" + (f" ± {statistics.stdev(by_seed):.1f}" if len(seeds) > 1 else "")
     assert f"| mean of 3 | {shown} |" in rows["mean of 3"]
     paper = (97.9 + 93.8 + 94.0) / 3
     assert f"| {paper:.1f} |" in rows["mean of 3"]
@@ -313,9 +296,7 @@ def test_plus_compares_the_scores_of_the_same_weights(tmp_path, run_main):
         ((9, 0), ["--precision", "bf16"], "bf16"),
     ],
 )
-def test_tables_are_in_the_official_precision(
-    tmp_path, run_main, monkeypatch, capability, more, precision
-):
+def test_tables_are_in_the_official_precision(tmp_path, run_main, monkeypatch, capability, more, precision):
     make_class(tmp_path / "data", "tile")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(capability is not None))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -355,10 +336,7 @@ def test_machines():
     assert Machines(gpus=("0", "1"), jobs=4).places(9) == ["0", "1", "0", "1"]
     assert Machines(gpus=("0",), slurm={}).places(9) == [None] * 9
     assert Machines(jobs=4, slurm={}).places(9) == [None] * 4
-    assert slurm_parameters({"partition": "gpu", "time": "60"}) == {
-        "timeout_min": 60,
-        "slurm_partition": "gpu",
-    }
+    assert slurm_parameters({"partition": "gpu", "time": "60"}) == {"timeout_min": 60, "slurm_partition": "gpu"}
 
 
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])

@@ -45,19 +45,7 @@ def data(tmp_path_factory):
 
 def flags(data, save_dir, *extra):
     return [
-        str(x)
-        for x in (
-            *SMALL,
-            "--cls",
-            "tile",
-            "--epochs",
-            3,
-            "--datapath",
-            data,
-            "--saveDir",
-            save_dir,
-            *extra,
-        )
+        str(x) for x in (*SMALL, "--cls", "tile", "--epochs", 3, "--datapath", data, "--saveDir", save_dir, *extra)
     ]
 
 
@@ -110,10 +98,7 @@ def assert_equal_content(x, y, where):
 def test_killed_and_resumed_equals_uninterrupted(data, uninterrupted, tmp_path, target, number, moment):
     command = [sys.executable, "-c", KILLED, target, str(number), moment]
     killed = subprocess.run(
-        [*command, *flags(data, tmp_path / "runs", "--evalEvery", 2)],
-        cwd=ROOT,
-        capture_output=True,
-        check=False,
+        [*command, *flags(data, tmp_path / "runs", "--evalEvery", 2)], cwd=ROOT, capture_output=True, check=False
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run = only_run(tmp_path / "runs")
@@ -191,9 +176,7 @@ def test_a_run_that_another_process_resumed_is_left_alone(stopped, run_main, mon
     stale = train.load_state(stopped)
     assert run_main(train.main, ["--resume", stopped])[0] == 0
     before = (stopped / "result.json").read_bytes()
-    monkeypatch.setattr(
-        train, "load_state", lambda folder, states=[stale]: states.pop() if states else current
-    )
+    monkeypatch.setattr(train, "load_state", lambda folder, states=[stale]: states.pop() if states else current)
     current = load_checkpoint(stopped / "state.pt")
     code, _, err = run_main(train.main, ["--resume", stopped, "--epochs", 4])
     assert (code, err.count("\n")) == (2, 1)

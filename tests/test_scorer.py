@@ -129,9 +129,7 @@ def test_the_banks_map_is_that_of_the_best_template_at_each_pixel(model, images,
         expected = at_mask_size(maps.amin(0))
         expected = gaussian(expected[None], smooth)[0] if smooth else expected
         assert torch.allclose(found, expected, atol=1e-4 * float(expected.max()))
-        typical = at_mask_size(
-            maps[: scorer.num_typical].amin(0)
-        )  # neither smoothed nor with the odd ones
+        typical = at_mask_size(maps[: scorer.num_typical].amin(0))  # neither smoothed nor with the odd ones
         assert float(score) == pytest.approx(float(typical.max()), rel=1e-4)
 
 
@@ -243,8 +241,7 @@ def test_the_image_template(model, images, options):
     latents = latents_of(model, images)
     for i in range(COUNT):
         means = [
-            map_against(model, one(latents, i), one(templates, k), sigma).mean()
-            for k in range(len(templates[0]))
+            map_against(model, one(latents, i), one(templates, k), sigma).mean() for k in range(len(templates[0]))
         ]
         expected = model.inverse(tuple(one(templates, int(torch.stack(means).argmin()))))[0]
         assert torch.allclose(scorer.image_template(images[i].numpy()), expected, atol=1e-3)
@@ -255,12 +252,7 @@ def test_the_image_template(model, images, options):
 @pytest.mark.parametrize("options", [ScoreOptions(), ScoreOptions("bank", 3, True, 1.5)])
 def test_a_scorer_survives_its_file(model, images, options, tmp_path):
     scorer = Scorer.fit(model, Pictures(images), options, class_name="widget", settings={"seed": 3})
-    scorer.metrics = {
-        "epoch": 2,
-        "score": options.score,
-        **dict.fromkeys(METRICS, 0.5),
-        "image_ap": None,
-    }
+    scorer.metrics = {"epoch": 2, "score": options.score, **dict.fromkeys(METRICS, 0.5), "image_ap": None}
     scorer.save(tmp_path / "a.pt")
     loaded = Scorer.load(tmp_path / "a.pt", precision="fp32")
     assert all(map(torch.equal, loaded.score(images), scorer.score(images)))
@@ -404,13 +396,7 @@ def test_arrays_files_and_lists_of_any_size_are_inspected_alike(trained, tmp_pat
     loaded = Scorer.load(str(trained.checkpoint), precision="fp32")
     rng = np.random.default_rng(0)
     gray = rng.integers(0, 256, (50, 70), dtype=np.uint8)
-    images = [
-        gray,
-        np.stack([gray] * 3, 2),
-        np.stack([gray] * 4, 2),
-        tmp_path / "a.png",
-        str(tmp_path / "a.png"),
-    ]
+    images = [gray, np.stack([gray] * 3, 2), np.stack([gray] * 4, 2), tmp_path / "a.png", str(tmp_path / "a.png")]
     save_image(tmp_path / "a.png", gray)
     many = loaded.inspect(images, batch_size=2)
     for result in [*many, loaded.inspect(gray)]:

@@ -44,9 +44,7 @@ def rebuilt(checkpoint):
 @pytest.mark.usefixtures("widget")
 def test_a_run_from_the_command_line(tmp_path):
     command = [sys.executable, ROOT / "train.py", *flags(tmp_path)]
-    done = subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert "| widget | 2 (last) |" in done.stdout
     run = only_run(tmp_path)
@@ -153,9 +151,7 @@ def test_memory_saving_changes_nothing_but_memory(tmp_path, run_main):
 
 @pytest.mark.usefixtures("widget")
 @pytest.mark.parametrize(("times", "saves"), [(1.9, True), (2.1, False)])
-def test_auto_saves_memory_where_activations_would_take_half_of_it(
-    tmp_path, run_main, monkeypatch, times, saves
-):
+def test_auto_saves_memory_where_activations_would_take_half_of_it(tmp_path, run_main, monkeypatch, times, saves):
     given = list(map(str, flags(tmp_path, "--epochs", 1)))
     args = train.parse_arguments(given)
     need = train.activation_bytes(train.model_config(args), args.batchSize, "fp32", CPU)
@@ -167,9 +163,7 @@ def test_auto_saves_memory_where_activations_would_take_half_of_it(
     assert (config["settings"]["saveMemory"], config["model"]["save_memory"]) == (saves, saves)
     assert load_checkpoint(only_run(tmp_path) / "last.pt")["config"]["save_memory"] == saves
     monkeypatch.setattr(util, "free_memory", lambda device: 0)  # a resumed run keeps to its way
-    code, out, err = run_main(
-        train.main, ["--resume", only_run(tmp_path), "--epochs", 2, "--saveMemory", "auto"]
-    )
+    code, out, err = run_main(train.main, ["--resume", only_run(tmp_path), "--epochs", 2, "--saveMemory", "auto"])
     assert code == 0, err
     assert "--saveMemory auto" not in out
     assert load_checkpoint(only_run(tmp_path) / "last.pt")["config"]["save_memory"] == saves
@@ -282,9 +276,7 @@ def test_of_all_classes_one_that_cannot_be_trained_is_left_out(tmp_path, run_mai
 def test_a_model_beyond_the_memory_is_refused_before_it_is_made(tmp_path, run_main, huge):
     code, _, err = run_main(train.main, flags(tmp_path, *huge))
     assert (code, err.count("\n")) == (2, 1)
-    assert re.search(
-        r"takes more than [\d.e+]+ GiB of memory, [\d.]+ are free; use a smaller --numStack", err
-    )
+    assert re.search(r"takes more than [\d.e+]+ GiB of memory, [\d.]+ are free; use a smaller --numStack", err)
 
 
 def test_all_classes_one_after_the_other(tmp_path, run_main):
@@ -379,9 +371,7 @@ def test_a_resnet_stem_from_a_weights_file(tmp_path, run_main):
 
 
 @pytest.mark.usefixtures("widget")
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(
-    tmp_path, run_main, monkeypatch
-):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_state(tmp_path, run_main, monkeypatch):
     calls = []
     original = train.training_loss
 
@@ -444,9 +434,7 @@ def test_weights_that_break_in_an_epoch_without_evaluation_do_not_replace_the_la
 def test_the_flags_reach_the_optimizer(tmp_path, run_main, monkeypatch):
     made = []
     original = train.make_optimizer
-    monkeypatch.setattr(
-        train, "make_optimizer", lambda *given: made.append(original(*given)) or made[-1]
-    )
+    monkeypatch.setattr(train, "make_optimizer", lambda *given: made.append(original(*given)) or made[-1])
     changes = ["--lr", "1e-3", "--beta1", 0.8, "--beta2", 0.95, "--eps", "1e-6", "--weightDecay", 0.01]
     assert run_main(train.main, flags(tmp_path, "--epochs", 1, *changes))[0] == 0
     group = made[0].param_groups[0]
@@ -706,13 +694,7 @@ def test_official_names_and_defaults():
 
 @pytest.mark.parametrize(
     ("cls", "levels", "norm"),
-    [
-        ("tile", 4, "CVN"),
-        ("screw", 2, "CVN"),
-        ("carpet", 8, "SVN"),
-        ("metal_nut", 8, "CVN"),
-        ("grid", 4, "SVN"),
-    ],
+    [("tile", 4, "CVN"), ("screw", 2, "CVN"), ("carpet", 8, "SVN"), ("metal_nut", 8, "CVN"), ("grid", 4, "SVN")],
 )
 def test_auto_settings_by_class(cls, levels, norm):
     config = train.model_config(train.parse_arguments(["--cls", cls]))

@@ -308,9 +308,7 @@ def test_auto_on_cpus(monkeypatch, features, expected):
         choose_precision("tf32", CPU)
 
 
-@pytest.mark.parametrize(
-    ("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")]
-)
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
 def test_auto_on_gpus(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_precision("auto", CUDA) == expected
@@ -324,12 +322,7 @@ def test_auto_on_gpus(monkeypatch, capability, expected):
 
 @pytest.mark.parametrize(
     ("trained_in", "on_cpu", "on_gpu"),
-    [
-        ("fp32", "fp32", "fp32"),
-        ("tf32", "bf16", "tf32"),
-        ("bf16", "bf16", "bf16"),
-        (None, "bf16", "bf16"),
-    ],
+    [("fp32", "fp32", "fp32"), ("tf32", "bf16", "tf32"), ("bf16", "bf16", "bf16"), (None, "bf16", "bf16")],
 )
 def test_auto_keeps_what_a_model_was_trained_in(monkeypatch, trained_in, on_cpu, on_gpu):
     monkeypatch.setattr(util, "cpu_features", lambda: ["AVX-512 BF16"])
@@ -341,11 +334,7 @@ def test_auto_keeps_what_a_model_was_trained_in(monkeypatch, trained_in, on_cpu,
 
 def test_fp32_and_tf32_differ_by_cudnns_switch(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
-    for precision, dtype, switch in (
-        ("tf32", None, True),
-        ("fp32", None, False),
-        ("bf16", torch.bfloat16, False),
-    ):
+    for precision, dtype, switch in (("tf32", None, True), ("fp32", None, False), ("bf16", torch.bfloat16, False)):
         assert apply_precision(precision) == dtype
         assert torch.backends.cudnn.allow_tf32 == switch
 
@@ -398,9 +387,7 @@ def test_alone_nothing_is_exchanged():
     util.leave_processes()
 
 
-@pytest.mark.parametrize(
-    ("rank", "all_items", "equal_items"), [(0, [0, 2, 4], [0, 2]), (1, [1, 3], [1, 3])]
-)
+@pytest.mark.parametrize(("rank", "all_items", "equal_items"), [(0, [0, 2, 4], [0, 2]), (1, [1, 3], [1, 3])])
 def test_what_two_processes_share(monkeypatch, rank, all_items, equal_items):
     monkeypatch.setattr(util, "world_size", lambda: 2)
     monkeypatch.setattr(util, "rank", lambda: rank)
