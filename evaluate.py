@@ -56,7 +56,7 @@ def main() -> None:
     name = choose_class(args, stored)
     anew = any((args.score, args.imageScore, args.mapSize, args.roi))
     data = open_class(args.datapath, name, args.dataset, need_train=anew)
-    data = hold_out(data, *(stored.settings.get(key) for key in ("holdout", "seed")))
+    data = hold_out(data, stored.settings.get("holdout", 0), stored.settings.get("seed", 0))
     with finite_scores(args.checkpoint):
         scorers = refitted(stored, data, args, device) if anew else [stored]
         last = scorers[-1]

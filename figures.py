@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from dataset import IMAGENET_MEAN, IMAGENET_STD, TestImage
+from dataset import IMAGENET_MEAN, IMAGENET_STD, TestImage, read_image
 from metrics import PRO_LIMIT, TABLE_METRICS, Ranking, metric_labels
 from scorer import Scorer, TestSet
 from util import atomic_path
@@ -228,17 +228,11 @@ def save_curves(path: Path, rows: list[dict], pro_limit: float = PRO_LIMIT) -> N
 
 def save_stack(path: Path, paths: list[Path]) -> None:
     """Save pictures of files, one below the other."""
-    pictures = [read(picture) for picture in paths]
+    pictures = [read_image(picture) for picture in paths]
     width = max(picture.shape[1] for picture in pictures)
     padded = [np.pad(x, ((0, 0), (0, width - x.shape[1]), (0, 0)), constant_values=255) for x in pictures]
     with atomic_path(path) as temporary:
         write_png(temporary, np.concatenate(padded))
-
-
-def read(path: Path) -> np.ndarray:
-    """Read a picture as uint8 (h,w,3)."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 def _save(figure: Figure, path: Path) -> None:

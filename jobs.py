@@ -24,6 +24,7 @@ import torch
 
 import train
 from metrics import METRICS
+from runs import RESULT_FILE, STATE_FILE
 from util import InputError, lock, run_script
 
 ROOT = Path(__file__).parent
@@ -51,16 +52,16 @@ class Job:
 
     def training_flags(self) -> list[str]:
         """The flags of train.py that start the training, or resume the newest whole state of it."""
-        states = self.folder.glob(f"*/{train.STATE_FILE}")
+        states = self.folder.glob(f"*/{STATE_FILE}")
         for path in sorted(states, key=lambda path: path.stat().st_mtime, reverse=True):
             with contextlib.suppress(InputError):  # damaged, or of another version
-                train.load_state(path.parent)
+                train.stopped_run(path.parent)
                 return ["--resume", str(path.parent)]
         return [*self.flags, "--saveDir", str(self.folder)]
 
     def result(self) -> dict | None:
         """The finished run's result.json, with its `folder`; a damaged one does not count."""
-        for path in sorted(self.folder.glob(f"*/{train.RESULT_FILE}")):
+        for path in sorted(self.folder.glob(f"*/{RESULT_FILE}")):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 result = json.loads(path.read_text(encoding="utf-8"))
                 epochs = [result["last"], *(row for name, row in result.items() if name.startswith("best_"))]
@@ -102,7 +103,7 @@ def run_job(job: Job) -> None:
         if job.result() is None:
             flags = job.training_flags()
             if flags[0] == "--resume":  # a damaged result would make it a finished run
-                (Path(flags[1]) / train.RESULT_FILE).unlink(missing_ok=True)
+                (Path(flags[1]) / RESULT_FILE).unlink(missing_ok=True)
             sys.argv = ["train.py", *flags]
             run_script(train.main)
 

@@ -16,7 +16,6 @@ Images may have any size and mode; those that cannot be read are listed at the e
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import itertools
 import json
@@ -50,6 +49,7 @@ from util import (
     progress,
     run_script,
     whole_number,
+    write_csv,
     write_json,
 )
 from verdict import (
@@ -352,9 +352,9 @@ class Results:
         self._file.seek(0)
         rows = {row["name"]: row for row in map(json.loads, self._file)}
         rows = [rows[name] for item in items if (name := item.name.as_posix()) in rows]
-        _write_table(self.out / "scores.csv", SCORE_COLUMNS, [row["score"] for row in rows])
+        write_csv(self.out / "scores.csv", [row["score"] for row in rows], SCORE_COLUMNS)
         defects = [defect for row in rows for defect in row["defects"]]
-        _write_table(self.out / "defects.csv", DEFECT_COLUMNS, defects)
+        write_csv(self.out / "defects.csv", defects, DEFECT_COLUMNS)
         self._mark(finished=True)
         self._file.close()
         (self.out / ROWS).unlink()
@@ -369,16 +369,6 @@ def _read_done(path: Path) -> dict[str, dict]:
     if begun:
         path.write_bytes(whole + end)
     return {row["name"]: row["score"] for row in map(json.loads, whole.splitlines())}
-
-
-def _write_table(path: Path, columns: tuple[str, ...], rows: list[dict]) -> None:
-    with (
-        atomic_path(path) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 # ------------------------------------------------------------------------------------ writing

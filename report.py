@@ -376,7 +376,7 @@ def metric_table(rows: list[dict], pro_limit: float = PRO_LIMIT) -> tuple[list[s
 
 def save_evaluation(
     path: Path, test_set: TestSet, scored: Scored, scorer: Scorer, rows: list[dict], settings: dict,
-    pro_limit: float = PRO_LIMIT,
+    pro_limit: float = PRO_LIMIT, shown: str = "test images",
 ) -> None:  # fmt: skip
     """Write the report of a run or of an evaluation.
 
@@ -385,15 +385,18 @@ def save_evaluation(
         rows: of metrics.csv; of several epochs, they are drawn.
         settings: flags of the command.
         pro_limit: false-positive rate up to which PRO is taken.
+        shown: what the images are.
     """
     presets, truth = {}, test_set.truth
     if scorer.calibration is not None:
-        presets[f"{1 - scorer.calibration.false_alarm:.0%} of good images"] = scorer.calibration.thresholds().image
+        presets[f"{100 * (1 - scorer.calibration.false_alarm):.4g}% of good images"] = (
+            scorer.calibration.thresholds().image
+        )
     if scorer.metrics.get("image_threshold") is not None:
         presets["best F1"] = scorer.metrics["image_threshold"]
     presets = presets or {"median score": float(scored.scores.median())}
     scale = (scorer.calibration or distribution(scored)).color_scale()
-    page = Report(f"{test_set.data.name}: test images, score {rows[-1]['score']}", scale, presets)
+    page = Report(f"{test_set.data.name}: {shown}, score {scorer.options.score}", scale, presets)
     maps, scores = (x.cpu() for x in scored)
     for i, image in enumerate(test_set.data.test):
         masks = {} if truth.masks is None else {"ground truth": truth.masks[i].cpu().numpy()}

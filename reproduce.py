@@ -20,7 +20,6 @@ and jobs/, whose finished trainings all tables share.  The same command again co
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import hashlib
 import itertools
@@ -96,7 +95,7 @@ class Table:
     variants: tuple[Variant, ...]
     metrics: tuple[str, ...] = ("pixel_auroc", "pixel_pro")
     datapath: str = "../mvtec_anomaly_detection"
-    plus: bool = False  # compare the paper's score with the bank's, of the same trained weights
+    plus: bool = False  # compare the paper's score with the bank's, of the same weights
 
 
 def tables() -> dict[str, Table]:
@@ -146,9 +145,6 @@ def main() -> None:
     folder = args.out / args.table
     folder.mkdir(parents=True, exist_ok=True)
     failed = run(plan, args)
-    if table.plus:
-        score_banks(plan, args)
-        failed += [e.job for e in plan if e.result() is None and e.job not in failed]
     util.write_csv(folder / "results.csv", [row for entry in plan for row in result_rows(entry)])
     text = markdown(table, plan, failed, args)
     util.write_text(folder / "table.md", text + "\n")
@@ -221,31 +217,12 @@ def slurm_option(text: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell of the table: one class, one variant, one seed, and the job that fills it.
-
-    Attributes:
-        bank: of `plus`, where evaluate.py writes what both scores of the trained weights give.
-    """
+    """A cell of the table: one class, one variant, one seed, and the job that fills it."""
 
     cls: str
     variant: Variant
     seed: int
     job: Job
-    bank: Path | None = None
-
-    def result(self) -> dict | None:
-        """The training's result; of `plus` the last epoch's metrics by one template and by the bank."""
-        result = self.job.result()
-        if self.bank is None or result is None:
-            return result
-        for path in sorted(self.bank.glob("*/metrics.csv")):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged one does not count
-                rows = read_csv(path)
-                for row in rows:
-                    row.update({name: float(row[name]) if row[name] else None for name in METRICS})
-                if [row["score"] for row in rows] == ["paper", "bank"]:
-                    return {"folder": path.parent, "last_paper": rows[0], "last": rows[1]}
-        return None
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -288,7 +265,7 @@ def choose(table: Table, args: argparse.Namespace) -> Table:
 def check_more_flags(table: Table, given: dict) -> None:
     """Raises InputError if a flag after -- is one that the table sets itself."""
     own = {flag[2:] for variant in table.variants for flag in variant.flags if flag.startswith("--")}
-    own |= {"cls", "epochs", "seed", "datapath", "saveDir", "resume", "config", "proLimit", "score"}
+    own |= {"cls", "epochs", "seed", "datapath", "saveDir", "resume", "config", "proLimit", "score", "numTemplate"}
     for name in given:
         if name in own:
             raise InputError(f"--{name} after --: the table sets it itself; leave it out")
@@ -310,14 +287,15 @@ def plan_jobs(table: Table, args: argparse.Namespace) -> list[Entry]:
     for variant, name, seed in itertools.product(table.variants, table.classes, args.seeds):
         epochs = str(args.epochs[name])
         flags = ["--cls", name, *variant.flags, "--epochs", epochs, "--seed", str(seed)]
+        if table.plus:
+            flags += ["--score", "bank", "--numTemplate", str(args.numTemplate)]
         if table.plus and "evalEvery" not in args.given:
             flags += ["--evalEvery", epochs]  # only the last epoch is quoted
         flags += ["--datapath", str(args.folders[name]), *more]
         key = training_key(flags)
         folder = args.out / "jobs" / f"{name}-seed{seed}-{key}"
         job = jobs.setdefault(key, Job(f"{variant.name}, {name}, seed {seed}", flags, folder))
-        bank = folder / f"bank{args.numTemplate}" if table.plus else None
-        entries.append(Entry(name, variant, seed, job, bank))
+        entries.append(Entry(name, variant, seed, job))
     return entries
 
 
@@ -376,29 +354,13 @@ def run(plan: list[Entry], args: argparse.Namespace) -> list[Job]:
         raise Interrupted("stopped; the same command again completes what is missing") from None
 
 
-def score_banks(plan: list[Entry], args: argparse.Namespace) -> None:
-    """Score the trained weights of each entry by one template and by the bank, where that is missing."""
-    for entry in plan:
-        trained = entry.job.result()
-        if trained is None or entry.result() is not None:
-            continue
-        flags = [trained["folder"] / train.LAST_FILE, "--datapath", args.folders[entry.cls]]
-        flags += ["--score", "bank", "--numTemplate", args.numTemplate, "--out", entry.bank]
-        flags += ["--gpu", args.given.get("gpu", "0")]
-        print(f"{entry.job.name}: scored by a bank of {args.numTemplate}", flush=True)
-        command = [sys.executable, ROOT / "evaluate.py", *flags]
-        done = subprocess.run([*map(str, command)], stdout=subprocess.DEVNULL, check=False)
-        if done.returncode:
-            print(f"{entry.job.name}: evaluate.py failed", file=sys.stderr, flush=True)
-
-
 # ------------------------------------------------------------------------------------- results
 
 
 def result_rows(entry: Entry) -> list[dict]:
     """Rows of results.csv: one for each choice of the epoch, or one that says that the job failed."""
     common = {"variant": entry.variant.name, "class": entry.cls, "seed": entry.seed}
-    names, result = ("score", "epoch", *METRICS), entry.result()
+    names, result = ("score", "epoch", *METRICS), entry.job.result()
     if result is None:
         return [{**common, "choice": "failed", **dict.fromkeys(names), "folder": str(entry.job.log)}]
     return [
@@ -435,7 +397,7 @@ def markdown(table: Table, plan: list[Entry], failed: list[Job], args: argparse.
         results = {name: {} for name in table.classes}
         for entry in plan:
             if entry.variant == variant:
-                results[entry.cls][entry.seed] = entry.result()
+                results[entry.cls][entry.seed] = entry.job.result()
         rows = (bank_rows if table.plus else paper_rows)(table, results, read_paper(variant))
         lines += ["", f"### {variant.name}", "", util.markdown_table(next(rows), rows)]
     if failed:

@@ -41,6 +41,7 @@ from util import (
     progress,
     save_tensors,
     share,
+    shortened,
     total,
 )
 from verdict import Calibration, Inspector, Scored, distribution, is_rate, named_thresholds, require
@@ -103,7 +104,6 @@ class Scorer(Inspector):
         metrics: of the class's test images, with the thresholds of best F1; may be empty.
         class_name: what it was fitted on.
         settings: flags of the training.
-        path: of the file it was read from.
     """
 
     model: PyramidFlow
@@ -117,7 +117,6 @@ class Scorer(Inspector):
     metrics: dict = field(default_factory=dict)
     class_name: str = ""
     settings: dict = field(default_factory=dict)
-    path: Path | None = None
 
     @classmethod
     def fit(
@@ -304,10 +303,9 @@ class Scorer(Inspector):
         try:
             scorer = cls._from_content(content)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+            reason = f"no {error}" if isinstance(error, KeyError) else shortened(str(error))
             message = f"{path} is damaged ({reason}); use another checkpoint, or train again"
             raise InputError(message) from None
-        scorer.path = path
         precision = choose_precision(precision, device, scorer.settings.get("precision"))
         return scorer.to(device, precision)
 
@@ -319,8 +317,9 @@ class Scorer(Inspector):
         templates = read_templates(config, content["templates"])
         sigma, calibration = content["sigma"], content["calibration"]
         num_typical, smooth = content["num_typical"], content["smooth"]
-        require(type(num_typical) is int, "number of typical templates")
-        require(1 <= num_typical <= len(templates[0]), "number of typical templates")
+        require(isinstance(content["class"], str), "class name")
+        typical = type(num_typical) is int and 1 <= num_typical <= len(templates[0])
+        require(typical, "number of typical templates")
         require(isinstance(smooth, (int, float)) and 0 <= smooth <= MOST_SMOOTH, "smoothing")
         image_score, roi = content.get("image_score", "max"), content.get("roi")  # old files lack them
         require(image_score in IMAGE_SCORES, "image score")
@@ -331,7 +330,7 @@ class Scorer(Inspector):
             model, templates, num_typical,
             None if sigma is None else read_sigma(config, sigma), smooth, image_score, roi,
             None if calibration is None else Calibration.from_dict(calibration),
-            read_metrics(content["metrics"]), read_text(content["class"]), dict(content["settings"]),
+            read_metrics(content["metrics"]), content["class"], dict(content["settings"]),
         )  # fmt: skip
 
     def to(self, device: torch.device, precision: str) -> Scorer:
@@ -384,13 +383,11 @@ def image_scores(maps: Tensor, kind: str, roi: Tensor | None = None) -> Tensor:
     inside = maps if roi is None else maps.where(roi, -torch.inf)
     if kind == "max":
         return inside.amax((1, 2))
-    count = math.ceil(maps[0].numel() / TOP_ONE_IN)
-    highest = inside.flatten(1).topk(count).values
+    highest = inside.flatten(1).topk(math.ceil(maps[0].numel() / TOP_ONE_IN)).values
     if roi is None:
         return highest.mean(1)
-    count_inside = (roi.sum() + TOP_ONE_IN - 1) // TOP_ONE_IN  # a graph may not depend on its value
-    taken = torch.arange(count, device=maps.device) < count_inside
-    return highest.where(taken, 0).sum(1) / count_inside
+    count = (roi.sum() + TOP_ONE_IN - 1) // TOP_ONE_IN  # a graph may not depend on its value
+    return highest.where(torch.arange(highest.shape[1], device=maps.device) < count, 0).sum(1) / count
 
 
 def gaussian(maps: Tensor, deviation: float) -> Tensor:
@@ -442,7 +439,7 @@ def fit_all(
         scorer.image_score, scorer.roi = option.image_score, roi
         chosen = make_bank(scorer, latents, statistics, option) if option.score == "bank" else []
         if len(images) > 1 and not held_out:
-            scorer.calibration = calibrate(scorer, latents, chosen, template == "mean")
+            scorer.calibration = calibrate(scorer, latents, chosen, template)
         scorers.append(scorer)
     if held_out:
         found = score_all(scorers, held_out, "held-out images")
@@ -601,22 +598,29 @@ def coarse_levels(latents: Tensors) -> Tensor:
     return torch.cat(small, 1)
 
 
-def calibrate(scorer: Scorer, latents: Latents, chosen: list[int], template_is_mean: bool) -> Calibration:
-    """Score the images that the scorer was fitted on, each as if it had not been one of them.
+def left_out_factor(count: int, template: str) -> float:
+    """By which a map against the template is multiplied to be that against the template without the image itself.
 
     The mean m of N latents and the mean m' of all but z satisfy z - m' = (z - m) N / (N - 1), and a map is
-    linear in |z - m|: the map against m' is the map against m times N / (N - 1), exactly.  An image in the
-    bank is compared with the other templates only.  The weights have seen the image, which this does not
-    correct.
+    linear in |z - m|: the map against m' is the map against m times N / (N - 1), exactly.  Zero stays zero.
+    """
+    return count / (count - 1) if template == "mean" else 1.0
+
+
+def calibrate(scorer: Scorer, latents: Latents, chosen: list[int], template: str) -> Calibration:
+    """Score the images that the scorer was fitted on, each as if it had not been one of them.
+
+    Its map is that of `left_out_factor`.  An image in the bank is compared with the other templates only.
+    The weights have seen the image, which this does not correct.
 
     Args:
         chosen: the images in the bank.
-        template_is_mean: of these images; else, and without a bank, it does not depend on them.
+        template: "mean", of these images; or "zero".
     """
     count = len(latents.images)
     place = torch.full((count,), -1)
     place[chosen] = 1 + torch.arange(len(chosen))
-    factor = count / (count - 1) if template_is_mean else 1.0
+    factor = left_out_factor(count, template)
     parts = [scorer.empty_scores()]
     for indices, levels in latents:
         left_out = place[indices].to(latents.device) if chosen else None
@@ -663,12 +667,11 @@ def find_checkpoint(path: Path | str) -> Path:
     """
     path = Path(path)
     if path.is_dir():
-        places = [path] if (path / LAST_FILE).is_file() else path.iterdir()
+        found = list(path.glob(LAST_FILE)) or list(path.glob(f"*/{LAST_FILE}"))
     elif not path.exists() and glob.has_magic(str(path)):
-        places = map(Path, glob.glob(str(path)))
+        found = list(map(Path, glob.glob(f"{path}/{LAST_FILE}")))
     else:
         return path
-    found = [place / LAST_FILE for place in places if (place / LAST_FILE).is_file()]
     if not found:
         raise InputError(f"{path} holds no run's {LAST_FILE}; choose a run's folder, or a checkpoint")
     newest = max(found, key=lambda file: (file.stat().st_mtime_ns, file.parent.name))
@@ -733,15 +736,13 @@ def read_config(given: dict) -> PyramidFlowConfig:
     names = {item.name for item in fields(PyramidFlowConfig)}
     known = isinstance(given, dict) and names - {"map_size"} <= given.keys() <= names
     require(known, "not a configuration")  # those without a map size have the default
-    config = PyramidFlowConfig(**given)
-    for size in (config.image_size, config.map_size):
-        right = len(size) == 2 and all(type(n) is int and n >= 1 for n in size)
-        require(right, f"configuration value {size!r}")
-    for value in (*given.values(), *config.image_size, *config.map_size):
-        usual = isinstance(value, (str, bool, int, list))
-        small = not isinstance(value, int) or value <= LARGEST
-        require(usual and small, f"configuration value {value!r}")
-    return config
+    for name, value in given.items():
+        kind = type(getattr(PyramidFlowConfig, name))  # of the default
+        is_pair = kind is tuple and isinstance(value, list) and len(value) == 2
+        numbers, kind = (value, int) if is_pair else ([value], kind)
+        usual = all(type(x) is kind and (kind is not int or 1 <= x <= LARGEST) for x in numbers)
+        require(usual, f"configuration value {name}")
+    return PyramidFlowConfig(**given)
 
 
 def read_model(config: PyramidFlowConfig, state_dict: dict[str, Tensor]) -> PyramidFlow:
@@ -768,10 +769,6 @@ def read_tensor(x: object, shape: Sequence[int], dtype: torch.dtype, name: str) 
     require(same, f"{name} has shape {tuple(x.shape)}, not {tuple(shape)}")
     enough = x.numel() * x.element_size() <= x.untyped_storage().nbytes()
     require(enough, f"{name} has fewer numbers than its shape")
-    return read_finite(x, name)
-
-
-def read_finite(x: Tensor, name: str) -> Tensor:
     require(bool(x.isfinite().all()), f"{name} is not finite")
     return x
 
@@ -792,7 +789,8 @@ def read_templates(config: PyramidFlowConfig, given: list) -> Tensors:
         read_tensor(first, (1, *shape), torch.float32, name)
         read_tensor(codes, (count, *shape), torch.int8, name)
         read_tensor(steps, shape[:1], torch.float32, name)
-        templates.append(read_finite(unpack_templates(first, codes, steps), name))
+        templates.append(unpack_templates(first, codes, steps))
+        require(bool(templates[-1].isfinite().all()), f"{name} is not finite")
     return tuple(templates)
 
 
@@ -803,13 +801,6 @@ def read_sigma(config: PyramidFlowConfig, given: list[Tensor]) -> Tensors:
     sigma = tuple(read_tensor(s, (config.channels,), torch.float32, "whitening") for s in given)
     require(all((s > 0).all() for s in sigma), "whitening that is not positive")
     return sigma
-
-
-def read_text(given: str) -> str:
-    """Raises ValueError unless `given` is a text."""
-    if not isinstance(given, str):
-        raise ValueError("class name")
-    return given
 
 
 def read_metrics(given: dict) -> dict:

@@ -129,46 +129,62 @@ def sampling(kind: str, k: int, outputs: int) -> tuple[Tensor, int, int]:
     return (sample[:, None] == torch.arange(int(sample.max()) + 1)).double(), start, stride
 
 
+@dataclass(frozen=True)
+class Basis:
+    """Discrete Fourier transform of the pieces of a map along one axis; a piece's n samples stand for T positions.
+
+    Piece j holds the samples `start + j * stride` to `start + j * stride + n - 1`; those outside the map are zero.
+
+    Attributes:
+        first: the matrix along the columns, (P,n), by which `rows_from_spectrum` is adjoint to `rows_to_spectrum`.
+        second: of tiles the one along the rows, (2T,2n); of strips the one that gives a factor, (3T/2-1,n).
+    """
+
+    first: Tensor
+    second: Tensor
+    start: int
+    stride: int
+
+    @property
+    def length(self) -> int:
+        return self.first.shape[1]
+
+    def count(self, size: int) -> int:
+        """Pieces over `size` samples."""
+        return -(-size // self.stride)
+
+    def pieces(self, batch: int, size: int) -> Iterator[tuple[int, int, slice, slice]]:
+        """(number, image, samples inside the map, their places in the piece) of each piece."""
+        for number, (image, j) in enumerate(itertools.product(range(batch), range(self.count(size)))):
+            first = self.start + j * self.stride
+            begin, end = max(first, 0), min(first + self.length, size)
+            yield number, image, slice(begin, end), slice(begin - first, end - first)
+
+
+def rows_to_spectrum(x: Tensor, by: Basis, matrix: Tensor, out: Tensor) -> Tensor:
+    """(B,H,W,C), contiguous -> `out` (P, pieces, W*C), by one of the basis's matrices (P,n)."""
+    for number, image, samples, places in by.pieces(*x.shape[:2]):
+        torch.mm(matrix[:, places], x[image, samples].flatten(1), out=out[:, number])
+    return out
+
+
+def rows_from_spectrum(spectrum: Tensor, by: Basis, out: Tensor) -> Tensor:
+    """(P, pieces, W*C) -> `out` (B,H,W,C), contiguous; the adjoint of `rows_to_spectrum` by `by.first`."""
+    apart = by.length == by.stride  # pieces that overlap add up
+    if not apart:
+        out.zero_()
+    for number, image, samples, places in by.pieces(*out.shape[:2]):
+        rows = out[image, samples].view(-1, spectrum.shape[-1])
+        torch.addmm(rows, by.first[:, places].T, spectrum[:, number], beta=1 - apart, out=rows)
+    return out
+
+
 # ------------------------------------------------------------------------------------- tiles
 #
 # With maps (B,H,W,C), T = 15 + k and F = T // 2 + 1, a spectrum is (F, tiles, T, 2C): half of the vertical
 # frequencies, the tiles of all images, all horizontal frequencies, real parts and then imaginary parts of
 # the channels.  `to_spectrum` and `from_spectrum` with the same basis are adjoint; the convolution, its
 # gradients, and the transform of its kernel are made of these two and of products over channels.
-
-
-@dataclass(frozen=True)
-class Basis:
-    """Discrete Fourier transform of tiles along one axis, whose samples stand for some of T positions.
-
-    Tile j holds the samples `start + j * stride` to `start + j * stride + n - 1`; those outside the map
-    are zero.
-
-    Attributes:
-        half: (2F,n), real samples to real parts and then imaginary parts of frequencies 0..F-1.
-        full: (2T,2n), complex samples (real parts, then imaginary parts) to all frequencies, real and
-            imaginary part alternating.
-    """
-
-    half: Tensor
-    full: Tensor
-    start: int
-    stride: int
-
-    @property
-    def length(self) -> int:
-        return self.half.shape[1]
-
-    def count(self, size: int) -> int:
-        """Tiles over `size` samples."""
-        return -(-size // self.stride)
-
-    def tiles(self, size: int) -> Iterator[tuple[int, slice, slice]]:
-        """(number, samples inside the map, their places in the tile) of each tile."""
-        for j in range(self.count(size)):
-            first = self.start + j * self.stride
-            begin, end = max(first, 0), min(first + self.length, size)
-            yield j, slice(begin, end), slice(begin - first, end - first)
 
 
 @functools.lru_cache(maxsize=64)
@@ -194,20 +210,17 @@ def to_spectrum(x: Tensor, by: Basis) -> Tensor:
     batch, height, width, channels = x.shape
     down, across = by.count(height), by.count(width)
     padded = (across - 1) * by.stride + by.length
-    rows = x.new_zeros(len(by.half), batch, down, padded * channels)
+    rows = x.new_zeros(len(by.first), batch * down, padded * channels)
     inside = slice(-by.start * channels, (width - by.start) * channels)
-    for b in range(batch):
-        for j, samples, places in by.tiles(height):
-            strip = x[b, samples].view(-1, width * channels)
-            torch.mm(by.half[:, places], strip, out=rows[:, b, j, inside])
-    frequencies = len(by.half) // 2
+    rows_to_spectrum(x, by, by.first, rows[..., inside])
+    frequencies = len(by.first) // 2
     count = frequencies * batch * down
     overlapping = rows.as_strided(
         (count, across, 2, by.length, channels),
         (padded * channels, by.stride * channels, count * padded * channels, channels, 1),
     )
     windows = overlapping.reshape(-1, 2 * by.length, channels)
-    spectrum = torch.bmm(by.full.expand(len(windows), -1, -1), windows)
+    spectrum = torch.bmm(by.second.expand(len(windows), -1, -1), windows)
     return spectrum.view(frequencies, batch * down * across, -1, 2 * channels)
 
 
@@ -217,22 +230,15 @@ def from_spectrum(spectrum: Tensor, by: Basis, out: Tensor) -> Tensor:
     down, across = by.count(height), by.count(width)
     padded = (across - 1) * by.stride + by.length
     count = len(spectrum) * batch * down
-    windows = spectrum.reshape(-1, len(by.full), channels)
-    windows = torch.bmm(by.full.T.expand(len(windows), -1, -1), windows)
+    windows = spectrum.reshape(-1, len(by.second), channels)
+    windows = torch.bmm(by.second.T.expand(len(windows), -1, -1), windows)
     windows = windows.view(count, across, 2, by.length, channels).permute(2, 0, 1, 3, 4)
     apart = by.length == by.stride  # tiles that overlap add up
     rows = windows if apart else spectrum.new_zeros(2, count, padded, channels)
     for j in range(0 if apart else across):
         rows[:, :, j * by.stride : j * by.stride + by.length] += windows[:, :, j]
-    rows = rows.reshape(len(by.half), batch, down, padded * channels)
-    inside = slice(-by.start * channels, (width - by.start) * channels)
-    if not apart:
-        out.zero_()
-    for b in range(batch):
-        for j, samples, places in by.tiles(height):
-            strip = out[b, samples].view(-1, width * channels)
-            torch.addmm(strip, by.half[:, places].T, rows[:, b, j, inside], beta=1 - apart, out=strip)
-    return out
+    rows = rows.reshape(len(by.first), batch * down, padded * channels)
+    return rows_from_spectrum(rows[..., -by.start * channels : (width - by.start) * channels], by, out)
 
 
 def mixing_of(kernel: Tensor) -> Tensor:
@@ -331,37 +337,8 @@ def _by_channels(spectrum: Tensor, mixing: Tensor, into: Tensor | None = None) -
 # gradients are made of them, of `_multiply` and of `_multiply_gradient`.
 
 
-@dataclass(frozen=True)
-class StripBasis:
-    """Discrete Fourier transform of strips of rows, whose samples stand for some of T positions.
-
-    Strip j holds the samples `start + j * stride` to `start + j * stride + n - 1`; those outside the map
-    are zero.
-
-    Attributes:
-        matrix: (T,n), samples to a spectrum.
-        factor: (3T/2-1,n), samples to a factor.
-    """
-
-    matrix: Tensor
-    factor: Tensor
-    start: int
-    stride: int
-
-    def count(self, size: int) -> int:
-        """Strips over `size` samples."""
-        return -(-size // self.stride)
-
-    def strips(self, batch: int, size: int) -> Iterator[tuple[int, int, slice, slice]]:
-        """(number, image, samples inside the map, their places in the strip) of each strip."""
-        for number, (image, j) in enumerate(itertools.product(range(batch), range(self.count(size)))):
-            first = self.start + j * self.stride
-            begin, end = max(first, 0), min(first + self.matrix.shape[1], size)
-            yield number, image, slice(begin, end), slice(begin - first, end - first)
-
-
 @functools.lru_cache(maxsize=64)
-def strip_basis(kind: str, k: int, dtype: torch.dtype) -> StripBasis:
+def strip_basis(kind: str, k: int, dtype: torch.dtype) -> Basis:
     """The basis of a kind of `sampling`; "output" is scaled so that `strips_from_spectrum` is the inverse."""
     spread, start, stride = sampling(kind, k, STRIP_ROWS)
     positions = len(spread)
@@ -371,7 +348,7 @@ def strip_basis(kind: str, k: int, dtype: torch.dtype) -> StripBasis:
         matrix /= positions
     real, imaginary = matrix[2::2], matrix[3::2]
     factor = torch.cat([matrix[:2], torch.stack([real, imaginary, -real], 1).flatten(0, 1)])
-    return StripBasis(matrix.to(dtype), factor.to(dtype), start, stride)
+    return Basis(matrix.to(dtype), factor.to(dtype), start, stride)
 
 
 def fourier_matrix(positions: int, count: int) -> Tensor:
@@ -384,26 +361,16 @@ def fourier_matrix(positions: int, count: int) -> Tensor:
     return matrix
 
 
-def strips_to_spectrum(x: Tensor, by: StripBasis, matrix: Tensor) -> Tensor:
+def strips_to_spectrum(x: Tensor, by: Basis, matrix: Tensor) -> Tensor:
     """(B,H,W,C) -> (P, strips, W, C), by one of the basis's matrices (P,n)."""
     batch, height, width, channels = x.shape
     spectrum = x.new_empty(len(matrix), batch * by.count(height), width * channels)
-    for number, image, samples, places in by.strips(batch, height):
-        rows = x[image, samples].view(-1, width * channels)
-        torch.mm(matrix[:, places], rows, out=spectrum[:, number])
-    return spectrum.view(*spectrum.shape[:2], width, channels)
+    return rows_to_spectrum(x, by, matrix, spectrum).view(*spectrum.shape[:2], width, channels)
 
 
-def strips_from_spectrum(spectrum: Tensor, by: StripBasis, out: Tensor) -> Tensor:
-    """(T, strips, W, C) -> `out` (B,H,W,C), contiguous; the adjoint of `strips_to_spectrum` by `by.matrix`."""
-    batch, height, width, channels = out.shape
-    apart = by.matrix.shape[1] == by.stride  # strips that overlap add up
-    if not apart:
-        out.zero_()
-    for number, image, samples, places in by.strips(batch, height):
-        rows, parts = out[image, samples].view(-1, width * channels), spectrum[:, number].flatten(1)
-        torch.addmm(rows, by.matrix[:, places].T, parts, beta=1 - apart, out=rows)
-    return out
+def strips_from_spectrum(spectrum: Tensor, by: Basis, out: Tensor) -> Tensor:
+    """(T, strips, W, C) -> `out` (B,H,W,C), contiguous; the adjoint of `strips_to_spectrum` by `by.first`."""
+    return rows_from_spectrum(spectrum.flatten(2), by, out)
 
 
 def kernel_spectrum(weight: Tensor, kind: str) -> Tensor:
@@ -467,7 +434,7 @@ class _StripConvolution(torch.autograd.Function):
 def _factor(x: Tensor, kind: str, k: int, channels: int) -> Tensor:
     """(B,C,H,W) -> (3T/2-1, strips, W, C), seen with so many channels."""
     by = strip_basis(kind, k, x.dtype)
-    factor = strips_to_spectrum(x.permute(0, 2, 3, 1).contiguous(), by, by.factor)
+    factor = strips_to_spectrum(x.permute(0, 2, 3, 1).contiguous(), by, by.second)
     return factor.view(*factor.shape[:2], -1, channels)
 
 

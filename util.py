@@ -7,15 +7,12 @@ import contextlib
 import csv
 import ctypes
 import difflib
-import errno
 import functools
 import json
 import logging
 import math
 import os
 import platform
-import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -39,7 +36,6 @@ PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 NUM_WORKERS = min(os.cpu_count() or 1, 8)
 LOG_INTERVAL_S = 30.0  # between lines of a progress bar that is written to a file
 PATIENCE = timedelta(days=1)  # the other processes wait while one draws the figures
-LITTLE_SPACE = 2**20  # bytes that are free of a full disk
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's mallopt
 
 
@@ -73,6 +69,8 @@ class DivergedError(InputError):
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main; what the user can mend becomes one line on stderr and an exit code."""
     quiet_pillow()
+    with contextlib.suppress(AttributeError):  # no stdout, or a test's
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         if sys.stdout is not None:
@@ -345,12 +343,6 @@ def apply_precision(precision: str) -> torch.dtype | None:
     return torch.bfloat16 if precision == "bf16" else None
 
 
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors instead of giving it back to the system each time.
 
@@ -463,15 +455,6 @@ def average(tensors: Iterable[Tensor]) -> None:
                 x /= world_size()
 
 
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process."""
-    if world_size() == 1:
-        return flag
-    flags = [None] * world_size()
-    dist.all_gather_object(flags, flag)
-    return any(flags)
-
-
 def gather(part: Tensor, count: int) -> Tensor:
     """(count,...) in the order of the items that `share` had divided."""
     if world_size() == 1:
@@ -535,12 +518,10 @@ def start_log(path: Path, environment: list[str]) -> logging.Logger:
 
 
 class _Console(logging.StreamHandler):
-    """Prints what the terminal cannot show as escapes; a reader that went away ends the program."""
+    """Raises what goes wrong: a reader that went away ends the program."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        text = self.format(record)
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=self.stream, flush=True)
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
 
 
 def markdown_table(header: Sequence, rows: Iterable[Sequence]) -> str:
@@ -633,13 +614,13 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Rows of equal keys; None becomes an empty cell."""
+def write_csv(path: Path, rows: list[dict], columns: Sequence[str] | None = None) -> None:
+    """Rows of equal keys, the columns unless they are given; None becomes an empty cell."""
     with (
         atomic_path(path) as temporary,
         open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, columns or list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
@@ -650,13 +631,8 @@ def save_tensors(path: Path, content: dict) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
     """
-    with atomic_path(path) as temporary:
-        try:
-            torch.save(content, temporary)
-        except RuntimeError as error:  # torch's own writer, on a full disk
-            is_full = shutil.disk_usage(path.parent).free < LITTLE_SPACE
-            reason = os.strerror(errno.ENOSPC) if is_full else str(error).splitlines()[0]
-            raise OSError(f"cannot write {path}: {reason}") from None
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:  # torch's own files hide a full disk
+        torch.save(content, file)
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> object:

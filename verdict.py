@@ -81,7 +81,7 @@ class Calibration:
         names, more = {"image_scores", "pixel_scores"}, {"held_out", "false_alarm"}
         known = isinstance(given, dict) and names <= given.keys() <= names | more
         require(known, "not a calibration")
-        require(type(given.get("held_out", False)) is bool, "no held-out images, nor a false-alarm rate")
+        require(type(given.get("held_out", False)) is bool, "held-out images that are not true or false")
         require(is_rate(given.get("false_alarm", FALSE_ALARM)), "no false-alarm rate")
         for scores in (given[name] for name in names):
             is_list = isinstance(scores, list) and scores and all(isinstance(x, float) for x in scores)
@@ -395,10 +395,8 @@ def find_defects(mask: np.ndarray, values: np.ndarray, min_area: int = 1) -> tup
         return mask, []
     labels = label(mask, connectivity=2)
     if min_area > 1:
-        large = np.bincount(labels.ravel()) >= min_area
-        large[0] = False
-        labels = (np.cumsum(large) * large)[labels]
-        mask = labels > 0
+        mask = mask & (np.bincount(labels.ravel()) >= min_area)[labels]
+        labels *= mask
     properties = ("bbox", "area", "intensity_max", "intensity_mean")
     columns = regionprops_table(labels, values, properties).values()
     return mask, [

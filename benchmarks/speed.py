@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 import train
 from benchmarks import measuring
@@ -108,7 +109,7 @@ class TrainingStep:
         args = train.parse_arguments([])
         optimizer = train.make_optimizer(self._model, args)
         scheduler = train.make_scheduler(optimizer, args, steps=1)
-        batches = [random_images(BATCH, config, device)]
+        batches = tqdm([random_images(BATCH, config, device)], disable=True)
         self._rest = optimizer, scheduler, batches, args, StopSignals()
 
     def __call__(self) -> None:

@@ -61,9 +61,10 @@ import fit
 import metrics
 import predict
 import reproduce
+import runs
 import train
 import util
-from scorer import Scorer
+from scorer import LAST_FILE, Scorer
 from tools import convert_official
 from verdict import read_roi
 
@@ -238,7 +239,7 @@ def again(base: Base, name: str, folder: Path) -> list | None:
         found = run_folder(folder)
         if found is None:
             return start
-        return None if (found / train.RESULT_FILE).exists() else ["train", "--resume", found]
+        return None if (found / runs.RESULT_FILE).exists() else ["train", "--resume", found]
     if name == "predict":
         marker = folder / "out" / predict.MARKER
         if not marker.exists():
@@ -250,7 +251,7 @@ def again(base: Base, name: str, folder: Path) -> list | None:
 
 def run_folder(folder: Path) -> Path | None:
     """The newest run that can be resumed."""
-    found = [path.parent for path in folder.glob(f"runs/*/{train.STATE_FILE}")]
+    found = [path.parent for path in folder.glob(f"runs/*/{runs.STATE_FILE}")]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -497,7 +498,7 @@ def odd_names(base: Base, rng: random.Random, number: int, place: Path) -> str |
     ended = run(["train", *conftest.SMALL[2:], f"--cls={odd}", *flags], base.place)
     if problem := ended.problem():
         return f"odd name {odd!r}, {kind!r}, train: {problem}"
-    model = run_folder(folder) / train.LAST_FILE
+    model = run_folder(folder) / LAST_FILE
     out = folder / "out"
     ended = run(["predict", model, data / odd / "test", "--out", out, *RUNNING], base.place)
     if problem := ended.problem() or torn(folder):
@@ -632,19 +633,19 @@ def load_files(base: Base, place: Path) -> dict[str, tuple]:
         export.OnnxScorer(path).inspect(base.image)
 
     def resume(path: Path) -> None:
-        content = train.load_state(path.parent)
+        content = train.stopped_run(path.parent)
         args = train.resumed_arguments(content["settings"], ["--resume", str(path.parent)])
         config, data = train.model_config(args), train.check_class(args)
         model = train.PyramidFlow(config)
         optimizer = train.make_optimizer(model, args)
-        state = train.State(args, model, optimizer, train.make_scheduler(optimizer, args, 4), data)
+        state = runs.State(args, model, optimizer, train.make_scheduler(optimizer, args, 4), data)
         state.restore(content)
         latents, logdets = model.train()(dataset.normalize(image.expand(2, -1, -1, -1)))
         train.training_loss(model, latents, logdets, args.loss, args.template).backward()
         optimizer.step()
 
     def initialize(path: Path) -> None:
-        train.fill_encoder(encoder, str(path))
+        runs.fill_encoder(encoder, str(path))
         if not all(x.isfinite().all() for x in encoder.stem.state_dict().values()):
             raise ValueError("weights that are not finite were taken")
 
@@ -750,7 +751,7 @@ def silence(base: Base, rng: random.Random, number: int, place: Path) -> str | N
         problem = f"nothing is said of it, exit code {ended.code}"
     found = run_folder(place)
     if not problem and found:
-        state = util.load_tensors(found / train.STATE_FILE)["model"]
+        state = util.load_tensors(found / runs.STATE_FILE)["model"]
         problem = None if all(x.isfinite().all() for x in state.values()) else "the last state is not finite"
     return f"{name}: {problem}" if problem else None
 
@@ -761,7 +762,8 @@ def _degenerate_metrics(rng: random.Random) -> str | None:
 
     count = rng.randint(2, 30)
     labels = torch.tensor([1, 0] + [rng.randint(0, 1) for _ in range(count)], dtype=torch.bool)
-    scores = torch.tensor([rng.choice(([0.0], [0.0, 1.0], [1e-30, 1e30]))[0] for _ in labels])
+    values = rng.choice(([0.0], [0.0, 1.0], [1e-30, 1e30]))
+    scores = torch.tensor([rng.choice(values) for _ in labels])
     if rng.random() < 0.5:
         scores = torch.zeros(len(labels))
     masks = labels[:, None, None].expand(-1, *dataset.MASK_SIZE)

@@ -146,13 +146,21 @@ def spoil_value(x: object, rng: random.Random, deepest: int = 40) -> object:
         return type(x)(parts) if rng.random() < 0.9 else parts[:at]
     if isinstance(x, torch.Tensor) and rng.random() < 0.9:
         return spoil_tensor(x, rng)
+    return rng.choice((*wrong_values(rng.choice((3, deepest))), (x, x), str(x)))
+
+
+def wrong_values(depth: int) -> tuple:
+    """What is hardly ever right.
+
+    Args:
+        depth: of lists in lists that share their parts.
+    """
     deep: list = []
-    for _ in range(rng.choice((3, deepest))):
+    for _ in range(depth):
         deep = [deep, deep]
-    wrong = (-1, 0, 1, 2, 10**9, 10**30, -0.5, 1e300, float("nan"), float("inf"), "", "1", "x" * 10**5, "a\nb",
-             "\0", None, True, False, [], {}, [1], {"a": 1}, deep, (x, x), str(x), b"x", torch.zeros(1),
+    return (-1, 0, 1, 2, 10**9, 10**30, -0.5, 1e300, float("nan"), float("inf"), "", "1", "x" * 10**5, "a\nb",
+             "\0", None, True, False, [], {}, [1], {"a": 1}, deep, b"x", torch.zeros(1),
              torch.zeros(2**28).expand(1, -1)[:, :1], torch.zeros(1).expand(2**34))  # fmt: skip
-    return rng.choice(wrong)
 
 
 def spoil_tensor(x: torch.Tensor, rng: random.Random) -> object:

@@ -23,6 +23,7 @@ import export
 import fit
 import kernels
 import predict
+import runs
 import train
 import util
 from benchmarks import measuring, memory
@@ -330,7 +331,7 @@ def test_activations_take_what_is_estimated(device, encoder, monkeypatch):
 
     step()
     measured = measuring.step_memory(step, model.flow, device)
-    estimated = train.activation_bytes(model.config, 2, "fp32", device)
+    estimated = runs.activation_bytes(model.config, 2, "fp32", device)
     assert estimated == pytest.approx(measured, rel=0.1 if device.type == "cpu" else 0.5)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import dataset
 import figures
-from dataset import IMAGENET_MEAN, IMAGENET_STD
+from dataset import IMAGENET_MEAN, IMAGENET_STD, read_image
 from metrics import METRICS, GroundTruth, Ranking
 from verdict import Scored, distribution
 
@@ -81,7 +81,7 @@ def test_an_evaluation_has_panels_histogram_and_curves(tmp_path):
     panels += ["hole/005_png.png", "hole/006_png.png"]
     assert files_in(tmp_path / "figures") == {*panels, "histogram.png", "roc_pro.png"}
     assert [int(image[0, 0, 0]) for image in scorer.asked] == [100, 102, 104, 105, 106]
-    assert figures.read(tmp_path / "figures" / "hole" / "005_png.png").shape[1] > 600
+    assert read_image(tmp_path / "figures" / "hole" / "005_png.png").shape[1] > 600
 
 
 def test_what_is_not_known_is_left_out(tmp_path):
@@ -89,7 +89,7 @@ def test_what_is_not_known_is_left_out(tmp_path):
     figures.save_evaluation(tmp_path / "all", *make_test_set(kinds), ScorerStub())
     figures.save_evaluation(tmp_path / "few", *make_test_set(kinds, masks=False), ScorerStub(None, False))
     assert files_in(tmp_path / "all") - files_in(tmp_path / "few") == {"roc_pro.png"}
-    wide, narrow = (figures.read(tmp_path / x / "hole" / "001_png.png").shape[1] for x in ("all", "few"))
+    wide, narrow = (read_image(tmp_path / x / "hole" / "001_png.png").shape[1] for x in ("all", "few"))
     assert narrow < 0.6 * wide  # two pictures instead of four
 
 
@@ -171,7 +171,7 @@ def test_a_stack_holds_its_pictures_one_below_the_other(tmp_path):
     for i, width in enumerate((20, 30)):
         Image.new("RGB", (width, 10), (i, i, i)).save(tmp_path / f"{i}.png")
     figures.save_stack(tmp_path / "stack.png", [tmp_path / "0.png", tmp_path / "1.png"])
-    stack = figures.read(tmp_path / "stack.png")
+    stack = read_image(tmp_path / "stack.png")
     assert stack.shape == (20, 30, 3)
     assert (stack[0, 0, 0], stack[0, 25, 0], stack[15, 25, 0]) == (0, 255, 1)
 

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import shutil
 from argparse import Namespace
 from dataclasses import asdict
 
@@ -9,14 +11,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, make_class, save_image
+from PIL import Image
+from test_report import data_of
 
 import dataset
 import evaluate
 import fit
 import predict
 import reproduce
+import runs
 import train
-from dataset import AnomalyClass, hold_out, is_flat, load_masks, open_class, open_folders
+from dataset import AnomalyClass, hold_out, is_flat, load_masks, normalize, open_class, open_folders
 from scorer import Scorer, load_checkpoint, save_checkpoint
 from util import Clock, InputError
 from verdict import LEVELS, Calibration, choose_thresholds, named_thresholds
@@ -82,6 +87,40 @@ def test_good_images_alone_give_a_scorer(tmp_path, run_main, given, score):
     code, _, err = run_main(evaluate.main, [run / "last.pt", *place[-2:], "--out", tmp_path / "e"])
     assert (code, err.count("\n")) == (2, 1), err
     assert "no test images" in err or given == "good"
+
+
+@pytest.mark.parametrize("score", ["paper", "bank"])
+def test_the_report_of_good_images_alone_shows_each_with_its_own_score(tmp_path, run_main, score):
+    """Training images are scored by the paper's score, as if the template had not seen them; nothing else is."""
+    good = make_class(tmp_path / "data", num_test=0) / "train" / "good"
+    run, _ = trained_on(run_main, tmp_path, "--good", good, "--score", score)
+    html = (run / "report.html").read_text()
+    shown = {t["name"]: t["score"] for t in data_of(run / "report.html")["tiles"]}
+    paths = sorted(good.iterdir())
+    images = torch.stack([torch.from_numpy(np.array(Image.open(path))) for path in paths])
+    model = Scorer.load(run / "last.pt", precision="fp32").model
+    for i, path in enumerate(paths):
+        latents = [model(normalize(images[[j]]))[0] for j in range(len(paths))]
+        others = [torch.cat([z[n] for j, z in enumerate(latents) if j != i]).mean(0, True) for n in range(2)]
+        expected = Scorer(model, tuple(others)).score_latents(latents[i]).scores.item()
+        assert shown[path.name] == pytest.approx(expected, rel=1e-3)
+    assert "training images, each left out of the template, score paper" in html
+    assert "test images" not in html[: html.index("<style")]
+
+
+def test_a_checkpoint_that_knows_nothing_of_held_out_images_is_evaluated_on_test_images_alone(tmp_path, run_main):
+    """Its training images may not become good test images."""
+    folder = make_class(tmp_path / "data", num_train=60)
+    shutil.rmtree(folder / "test" / "good")
+    place = ["--cls", "widget", "--datapath", tmp_path / "data"]
+    run, _ = trained_on(run_main, tmp_path, *place, "--holdout", 0)
+    content = load_checkpoint(run / "last.pt")
+    del content["settings"]["holdout"]
+    save_checkpoint(run / "last.pt", content)
+    code, _, err = run_main(evaluate.main, [run / "last.pt", *place[2:], "--out", tmp_path / "e", "--gpu", "cpu"])
+    assert code == 0, err
+    (result,) = (tmp_path / "e").glob("*/result.json")
+    assert json.loads(result.read_text())["image_auroc"] is None
 
 
 def test_without_test_images_the_training_is_the_same(tmp_path, run_main):
@@ -401,14 +440,18 @@ def test_at_full_recall_no_defective_test_image_is_missed(trained):
 
 
 @pytest.mark.parametrize(
-    "change", [{"held_out": 1}, {"false_alarm": "x"}, {"false_alarm": 0.0}, {"false_alarm": float("nan")}]
+    ("change", "message"),
+    [
+        ({"held_out": 1}, "held-out"),
+        *(({"false_alarm": rate}, "false-alarm rate") for rate in ("x", 0.0, math.nan)),
+    ],
 )
-def test_a_calibration_that_no_flag_gives_is_refused(change):
+def test_a_calibration_that_no_flag_gives_is_refused(change, message):
     given = asdict(Calibration([1.0], PIXELS))
     assert Calibration.from_dict(given) == Calibration([1.0], PIXELS)
     old = {name: given[name] for name in ("image_scores", "pixel_scores")}
     assert Calibration.from_dict(old) == Calibration([1.0], PIXELS)
-    with pytest.raises(ValueError, match="false-alarm"):
+    with pytest.raises(ValueError, match=message):
         Calibration.from_dict({**given, **change})
 
 
@@ -425,9 +468,9 @@ def test_the_log_says_how_long_it_will_take(tmp_path, run_main):
 def test_the_pace_of_a_run(monkeypatch):
     """The first step does not count; evaluations come on top."""
     now = [0.0]
-    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: now[0])
     said = []
-    pace = train.Pace(100, 4, said.extend)
+    pace = runs.Pace(100, 4, said.extend)
     pace.start()
     now[0] += 60
     pace.add(1)
@@ -439,7 +482,7 @@ def test_the_pace_of_a_run(monkeypatch):
     assert said == ["about 3 min 00 s of training are left, without evaluations"]
     clock = Clock(torch.device("cpu"))
     clock.seconds = {"training": 200.0, "template": 10.0, "test": 20.0}
-    pace.evaluated(clock, train.evaluations_left(Namespace(epochs=5, evalEvery=2), 2))
+    pace.evaluated(clock, runs.evaluations_left(Namespace(epochs=5, evalEvery=2), 2))
     assert str(pace) == "2 images/s, 4 min 00 s left"
     assert said[1:] == ["about 4 min 00 s are left, 2 evaluations included"]
     now[0] += 1000
@@ -451,7 +494,7 @@ def test_the_pace_of_a_run(monkeypatch):
 
 @pytest.mark.parametrize(("seconds", "text"), [(6.6, "7 s"), (60, "1 min 00 s"), (3725, "1 h 02 min")])
 def test_durations(seconds, text):
-    assert train.duration(seconds) == text
+    assert runs.duration(seconds) == text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says so where there is none")

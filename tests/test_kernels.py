@@ -244,7 +244,7 @@ def test_the_two_transforms_of_strips_are_adjoint(kind):
     torch.manual_seed(0)
     by = spectral.strip_basis(kind, 7, torch.float64)
     x = torch.randn(2, 40, 20, 3, dtype=torch.float64)
-    spectrum = spectral.strips_to_spectrum(x, by, by.matrix)
+    spectrum = spectral.strips_to_spectrum(x, by, by.first)
     assert_adjoint(x, spectrum, spectral.strips_from_spectrum, by)
 
 
@@ -252,7 +252,7 @@ def test_a_spectrum_is_the_fourier_transform_of_the_strips():
     torch.manual_seed(0)
     x = torch.randn(1, 64, 8, 2, dtype=torch.float64)
     by = spectral.strip_basis("input", 7, torch.float64)
-    spectrum, factor = (spectral.strips_to_spectrum(x, by, matrix) for matrix in (by.matrix, by.factor))
+    spectrum, factor = (spectral.strips_to_spectrum(x, by, matrix) for matrix in (by.first, by.second))
     assert spectrum.shape == (38, 2, 8, 2)
     assert factor.shape == (56, 2, 8, 2)
     second_strip = F.pad(x, (0, 0, 0, 0, 3, 3))[0, 32:70]

@@ -17,7 +17,7 @@ import util
 from dataset import Augmentation, Images, normalize, training_order
 from model import PyramidFlow, training_loss
 from scorer import Scorer, TestSet, load_checkpoint
-from util import Clock, InputError, seed_everything
+from util import Clock, InputError
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def by_one(data):
     """One process that averages the gradients and the statistics of the two pairs of each step."""
     args = train.parse_arguments(flags(data))
     config, found = train.model_config(args), train.check_class(args)
-    seed_everything(args.seed)
+    torch.manual_seed(args.seed)
     model = PyramidFlow(config)
     optimizer = train.make_optimizer(model, args)
     train_set = Images(found.train, config.image_size, "ram", CPU, 1, "training images")

@@ -18,6 +18,7 @@ import evaluate
 import predict
 import report
 from metrics import METRICS
+from scorer import ScoreOptions
 from verdict import Thresholds, distribution
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
@@ -129,6 +130,7 @@ def test_labels_of_one_kind_or_no_masks_leave_out_what_is_undefined(tmp_path, mo
         scorer = ScorerStub(distribution(scored))
         scorer.image_template = lambda: None
         scorer.metrics, scorer.settings, scorer.device = {}, {}, torch.device("cpu")
+        scorer.options = ScoreOptions()
         rows = [{"epoch": None, "score": "paper", **dict.fromkeys(METRICS)}]
         report.save_evaluation(tmp_path / "report.html", test_set, scored, scorer, rows, {})
         assert len(data_of(tmp_path / "report.html")["tiles"]) == 2

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import SMALL, make_class
 
+import runs
 import train
 from scorer import load_checkpoint
 
@@ -173,7 +174,7 @@ def test_a_finished_run_can_be_given_more_epochs(data, uninterrupted, tmp_path, 
 
 
 def test_a_run_that_another_process_resumed_is_left_alone(stopped, run_main, monkeypatch):
-    stale = train.load_state(stopped)
+    stale = runs.load_state(stopped)
     assert run_main(train.main, ["--resume", stopped])[0] == 0
     before = (stopped / "result.json").read_bytes()
     monkeypatch.setattr(train, "load_state", lambda folder, states=[stale]: states.pop() if states else current)

@@ -14,6 +14,7 @@ import torchvision
 from conftest import SMALL, make_class
 from PIL import Image
 
+import runs
 import train
 import util
 from benchmarks.measuring import step_memory
@@ -154,7 +155,7 @@ def test_memory_saving_changes_nothing_but_memory(tmp_path, run_main):
 def test_auto_saves_memory_where_activations_would_take_half_of_it(tmp_path, run_main, monkeypatch, times, saves):
     given = list(map(str, flags(tmp_path, "--epochs", 1)))
     args = train.parse_arguments(given)
-    need = train.activation_bytes(train.model_config(args), args.batchSize, "fp32", CPU)
+    need = runs.activation_bytes(train.model_config(args), args.batchSize, "fp32", CPU)
     monkeypatch.setattr(util, "free_memory", lambda device: times * need)
     code, out, err = run_main(train.main, given)
     assert code == 0, err
@@ -194,7 +195,7 @@ def test_activations_take_what_is_estimated(levels, changes, precision):
         training_loss(model, *model(images)).backward()
 
     measured = step_memory(step, model.flow, CPU)
-    assert train.activation_bytes(config, batch, precision, CPU) == pytest.approx(measured, rel=0.1)
+    assert runs.activation_bytes(config, batch, precision, CPU) == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +236,7 @@ def test_tensorboard(tmp_path, run_main, monkeypatch):
         assert logged == [(i + 1, pytest.approx(float(row[name]))) for i, row in enumerate(rows)]
     assert {"curves", "roc_pro", "hole/000_png"} <= set(events.Tags()["images"])
 
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(runs.importlib.util, "find_spec", lambda name: None)
     code, _, err = run_main(train.main, flags(tmp_path, "--tensorboard"))
     assert code == 2
     assert "pip install tensorboard" in err
@@ -398,7 +399,7 @@ def test_weights_that_are_not_finite_stop_the_run(tmp_path, run_main, monkeypatc
     monkeypatch.setattr(train, "train_one_epoch", breaks_the_weights)
     code, _, err = run_main(train.main, flags(tmp_path))
     assert code == 1
-    assert "anomaly maps are no longer finite" in err
+    assert "the weights are no longer finite" in err
     assert not (only_run(tmp_path) / "last.pt").exists()
     state = load_checkpoint(only_run(tmp_path) / "state.pt")
     assert state["epoch"] == 1
