@@ -304,8 +304,10 @@ def up_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 # ---------------------------------------------------------------------------- k x k convolutions
 
 
-def conv2d(weight: Tensor, x: Tensor | None = None, upsampled: Tensor | None = None, stride: int = 1) -> Tensor:
-    """Convolution, with "same" zero padding, of a map, of a nearest-upsampled map, or of their concatenation.
+def conv2d(
+    weight: Tensor, x: Tensor | None = None, upsampled: Tensor | None = None, stride: int = 1, slope: float = 1.0
+) -> Tensor:
+    """LeakyReLU(convolution), "same" zero padding, of a map, a nearest-upsampled map, or their concatenation.
 
     Upsampled maps are never made, and where it pays a way through the frequency domain is taken.
 
@@ -314,10 +316,14 @@ def conv2d(weight: Tensor, x: Tensor | None = None, upsampled: Tensor | None = N
         x: (B,I1,H,W), or None.
         upsampled: (B,I2,H/2,W/2), or None.
         stride: 1 or 2.
+        slope: of the LeakyReLU; 1: there is none.
 
     Returns:
         (B,O,H/stride,W/stride).
     """
+    if _is_too_small(weight, x, upsampled):
+        maps = [None if y is None else y.float() for y in (x, upsampled)]
+        return conv2d(weight.float(), *maps, stride, slope).to(weight.dtype)
     own = other = weight
     if x is not None and upsampled is not None:
         own, other = weight.split([x.shape[1], upsampled.shape[1]], dim=1)
@@ -325,33 +331,99 @@ def conv2d(weight: Tensor, x: Tensor | None = None, upsampled: Tensor | None = N
     if way != "direct":
         sources = (("input", x, own), ("upsampled", upsampled, other))
         kinds, maps, weights = zip(*(y for y in sources if y[1] is not None), strict=True)
-        return convolve(way, kinds, stride, maps, weights)
-    y = None
-    if x is not None:
-        y = F.conv2d(x, own, stride=stride, padding=own.shape[-1] // 2)
+        return _leaky_relu(convolve(way, kinds, stride, maps, weights), slope)
+    part = None
     if upsampled is not None:
-        part = conv2d_of_upsampled(other, upsampled)
+        kernel = kernel_of_upsampled(other)
+        own_slope = slope if x is None else 1.0
+        part = _convolution(upsampled, kernel, None, 2, kernel.shape[-1] // 2 - 1, True, own_slope)
         if stride > 1:  # else no view: gradients of views that are changed in place are copied
             part = part[:, :, ::stride, ::stride]
-        y = part if y is None else y.add_(part)
-    return y
+    return part if x is None else _convolution(x, own, part, stride, own.shape[-1] // 2, False, slope)
 
 
 def plain_conv2d(
-    weight: Tensor, x: Tensor | None = None, upsampled: Tensor | None = None, stride: int = 1
+    weight: Tensor, x: Tensor | None = None, upsampled: Tensor | None = None, stride: int = 1, slope: float = 1.0
 ) -> Tensor:
     maps = [] if x is None else [x]
     if upsampled is not None:
         maps.append(F.interpolate(upsampled, scale_factor=2, mode="nearest"))
-    return F.conv2d(torch.cat(maps, 1), weight, stride=stride, padding=weight.shape[-1] // 2)
+    y = F.conv2d(torch.cat(maps, 1), weight, stride=stride, padding=weight.shape[-1] // 2)
+    return F.leaky_relu(y, slope)
 
 
-def conv2d_of_upsampled(weight: Tensor, x: Tensor) -> Tensor:
-    """`plain_conv2d(weight, upsampled=x)` as one transposed convolution.
+def kernel_of_upsampled(weight: Tensor) -> Tensor:
+    """(O,I,k,k) -> (I,O,k+1,k+1): the transposed convolution with stride 2 that equals one of an upsampled map.
 
     An input pixel stands for 2x2 pixels of the upsampled map, so the weights it meets add up; about a third
     of the work at k = 7.
     """
     summed = 4 * F.avg_pool2d(weight, 2, stride=1, padding=1)
-    kernel = summed.flip(-2, -1).transpose(0, 1).contiguous(memory_format=MEMORY_FORMAT)
-    return F.conv_transpose2d(x, kernel, stride=2, padding=kernel.shape[-1] // 2 - 1)
+    return summed.flip(-2, -1).transpose(0, 1).contiguous(memory_format=MEMORY_FORMAT)
+
+
+def _is_too_small(weight: Tensor, x: Tensor | None, upsampled: Tensor | None) -> bool:
+    """Whether oneDNN's bfloat16 may be wrong, which is no faster here anyway.
+
+    Seen with oneDNN 3.12 and k = 7: with AMX, gradients of upsampled maps of 4 or 6 channels are unlike the true
+    ones; without it, gradients of the weight at maps of 2x2 pixels are zero.
+    """
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    height, width = (2 * n for n in upsampled.shape[-2:]) if x is None else x.shape[-2:]
+    return min(weight.shape[:2]) < 16 or min(height, width) < weight.shape[-1]
+
+
+def _leaky_relu(x: Tensor, slope: float) -> Tensor:
+    return x if slope == 1 else F.leaky_relu(x, slope, inplace=True)
+
+
+def _convolution(
+    x: Tensor, weight: Tensor, added: Tensor | None, stride: int, padding: int, transposed: bool, slope: float
+) -> Tensor:
+    """LeakyReLU(convolution + added), of a convolution that is transposed or not."""
+    if (slope != 1 or added is not None) and _can_fuse(x):
+        return _FusedConvolution.apply(x, weight, added, stride, padding, transposed, slope)
+    y = (F.conv_transpose2d if transposed else F.conv2d)(x, weight, stride=stride, padding=padding)
+    return _leaky_relu(y if added is None else y.add_(added), slope)
+
+
+def _can_fuse(x: Tensor) -> bool:
+    """Whether oneDNN can add and apply LeakyReLU while it writes a convolution's result."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
+        return False
+    if x.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return x.dtype == torch.float32
+
+
+class _FusedConvolution(torch.autograd.Function):
+    """`_convolution` without passes over the result for the sum and for LeakyReLU."""
+
+    @staticmethod
+    def forward(ctx, x, weight, added, stride, padding, transposed, slope) -> Tensor:
+        sides = [padding] * 2, [stride] * 2, [1, 1]
+        leaky = ("none", [], "") if slope == 1 else ("leaky_relu", [slope], "")
+        if transposed:
+            sides = sides[0], [0, 0], *sides[1:]
+            y = torch.ops.mkldnn._convolution_transpose_pointwise(x, weight, None, *sides, 1, *leaky)
+        elif added is None:
+            y = torch.ops.mkldnn._convolution_pointwise(x, weight, None, *sides, 1, *leaky)
+        else:  # takes no LeakyReLU of the sum
+            sum_ = "add", 1.0, None, [], None
+            y = torch.ops.mkldnn._convolution_pointwise.binary(x, added, weight, None, *sides, 1, *sum_)
+            y = _leaky_relu(y, slope)
+        ctx.save_for_backward(x, weight, *([] if slope == 1 else [y]))
+        ctx.arguments = [stride] * 2, [padding] * 2, [1, 1], transposed, [0, 0], 1
+        ctx.slope = slope
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, *y = ctx.saved_tensors
+        if y:
+            grad = torch.ops.aten.leaky_relu_backward(grad, y[0], ctx.slope, True)
+        wanted = [*ctx.needs_input_grad[:2], False]
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *ctx.arguments, wanted)
+        return grad_x, grad_weight, grad if ctx.needs_input_grad[2] else None, None, None, None, None

@@ -28,6 +28,7 @@ VOLUME_NORMS = ("CVN", "SVN", "none")
 CONTRASTS = ("latent", "composed")
 TEMPLATES = ("mean", "zero")
 LOSSES = ("fourier", "spatial", "likelihood")
+LEAKY_SLOPE = 0.01
 RESNET_STRIDE = 4  # conv1 and maxpool each halve the image
 RESNET_CHANNELS = 64
 
@@ -355,8 +356,8 @@ class AffineParameters(nn.Module):
 
     def forward(self, x: Tensor | None = None, upsampled: Tensor | None = None) -> Tensors:
         """x (B,I,H,W) and/or `upsampled` (B,I,H/2,W/2) -> (scale, shift), each (B,C,H,W)."""
-        hidden = kernels.conv2d(self._cast(self.conv1.weight), self._cast(x), self._cast(upsampled))
-        hidden = F.leaky_relu(hidden, 0.01, inplace=True)
+        maps = self._cast(x), self._cast(upsampled)
+        hidden = kernels.conv2d(self._cast(self.conv1.weight), *maps, slope=LEAKY_SLOPE)
         raw = kernels.conv2d(self._cast(self.conv2.weight), hidden, stride=self.conv2.stride[0])
         return self.norm(raw)
 

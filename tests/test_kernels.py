@@ -39,11 +39,12 @@ def cases():
     yield "template_distances", (x, random(4, 3, 10, 7))
     yield "template_distances", (x, kernels.bank_layout(random(5, 3, 10, 7)))
     sizes, sources = [(32, 16), (48, 36), (10, 4), (12, 10)], ["map", "upsampled", "both"]
-    for k, (h, w), source, stride in itertools.product([1, 3, 5, 7, 9], sizes, sources, [1, 2]):
+    endings = [(1, 1.0), (1, 0.01), (2, 1.0)]
+    for k, (h, w), source, ending in itertools.product([1, 3, 5, 7, 9], sizes, sources, endings):
         x = None if source == "upsampled" else random(2, 3, h, w)
         upsampled = None if source == "map" else random(2, 2, h // 2, w // 2)
         channels = {"map": 3, "upsampled": 2, "both": 5}[source]
-        yield "conv2d", (random(4, channels, k, k), x, upsampled, stride)
+        yield "conv2d", (random(4, channels, k, k), x, upsampled, *ending)
 
 
 def describe(value):
@@ -132,6 +133,52 @@ def test_scale_of_every_bfloat16_is_looked_up_as_it_is_computed(mean):
 
 
 # ------------------------------------------------------------------------------ k x k convolutions
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 0.1)], ids=str)
+@pytest.mark.parametrize("source", ["map", "upsampled", "both"])
+@pytest.mark.parametrize(("stride", "slope"), [(1, 0.01), (1, 1.0), (2, 0.01)])
+def test_the_fused_convolution_equals_the_formula(dtype, tolerance, source, stride, slope, monkeypatch):
+    """As far as the precision goes, with its gradients; and it is taken where it saves a pass."""
+    take("direct", monkeypatch)
+    used = []
+    original = kernels._FusedConvolution.apply
+    monkeypatch.setattr(kernels._FusedConvolution, "apply", lambda *given: used.append(1) or original(*given))
+    own, small = random(2, 16, 32, 16), random(2, 16, 16, 8)
+    maps = {"map": (own, None), "upsampled": (None, small), "both": (own, small)}[source]
+    exact = [None if x is None else x.detach().to(dtype).double().requires_grad_() for x in maps]
+    weight = random(32, 32 if source == "both" else 16, 7, 7).detach().to(dtype).double().requires_grad_()
+    expected = kernels.plain_conv2d(weight, *exact, stride, slope)
+    cotangent = torch.randn_like(expected).to(dtype)
+    sources = [weight, *(x for x in exact if x is not None)]
+    wanted = torch.autograd.grad(expected, sources, cotangent.double())
+    rounded = [None if x is None else x.detach().to(dtype, memory_format=MEMORY_FORMAT) for x in (weight, *exact)]
+    for x in rounded:
+        if x is not None:
+            x.requires_grad_()
+    y = conv2d(*rounded, stride, slope)
+    found = torch.autograd.grad(y, [x for x in rounded if x is not None], cotangent)
+    assert bool(used) == (slope != 1 or source == "both")
+    for x, reference in zip((y, *found), (expected, *wanted), strict=True):
+        assert x.dtype == dtype
+        assert (x - reference).norm() < tolerance * reference.norm()
+        assert not x.is_contiguous() or x.is_contiguous(memory_format=MEMORY_FORMAT)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8, 16])
+@pytest.mark.parametrize("channels", [2, 4, 6, 8, 16, 64])
+def test_bfloat16_is_right_at_any_size(channels, size):
+    """The library's own convolutions are not, on some processors."""
+    k = 7
+    maps = [random(2, channels, n, n).detach().bfloat16().requires_grad_() for n in (size, size // 2)]
+    weight = random(2 * channels, 2 * channels, k, k).detach().bfloat16().requires_grad_()
+    exact = [x.detach().double().requires_grad_() for x in (weight, *maps)]
+    y, expected = conv2d(weight, *maps, slope=0.01), kernels.plain_conv2d(*exact, slope=0.01)
+    cotangent = torch.randn_like(y)
+    found = torch.autograd.grad(y, (weight, *maps), cotangent)
+    wanted = torch.autograd.grad(expected, exact, cotangent.double())
+    for x, reference in zip((y, *found), (expected, *wanted), strict=True):
+        assert (x - reference).norm() < 0.1 * reference.norm()  # the sign of what is nearly zero counts
 
 
 @pytest.mark.usefixtures("way")
