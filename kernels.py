@@ -133,9 +133,9 @@ class _AffineCoupling(torch.autograd.Function):
     @staticmethod
     def forward(ctx, matrix: Tensor, scale: Tensor, x: Tensor, shift: Tensor) -> Tensor:
         ctx.save_for_backward(matrix, scale, x, shift)
-        y = _empty_like(x)
+        y, matrices = _empty_like(x), matrix.T.expand(len(x), -1, -1)
         for into, scale_part, x_part, shift_part in _strips(y, scale, x, shift):
-            into.copy_((scale_part * x_part + shift_part) @ matrix.T)
+            torch.bmm(scale_part * x_part + shift_part, matrices, out=into)
         return y
 
     @staticmethod
@@ -159,9 +159,9 @@ def undo_affine_coupling(inverse: Tensor, y: Tensor, shift: Tensor, scale: Tenso
     """x = (A^-1 y - shift) / scale per pixel: A^-1 (C,C), the others (B,C,H,W)."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return plain_undo_affine_coupling(inverse, y, shift, scale)
-    x = _empty_like(y)
+    x, inverses = _empty_like(y), inverse.T.expand(len(y), -1, -1)
     for into, y_part, shift_part, scale_part in _strips(x, y, shift, scale):
-        into.copy_((y_part @ inverse.T - shift_part) / scale_part)
+        torch.div(torch.bmm(y_part, inverses) - shift_part, scale_part, out=into)
     return x
 
 
