@@ -178,7 +178,7 @@ def test_auto_saves_memory_where_activations_would_take_half_of_it(tmp_path, run
         (8, {}),
         (8, {"volume_norm": "SVN"}),
         (4, {"num_stack": 2, "batch": 4}),
-        (4, {"encoder": "resnet18", "image_size": (64, 64)}),
+        (4, {"encoder": "resnet18", "image_size": (256, 256)}),
     ],
     ids=["FNF", "FNF, 8 levels", "SVN", "4 images", "Res18"],
 )
