@@ -697,8 +697,9 @@ def load_checkpoint(path: Path) -> dict:
         raise InputError(f"{path} is not a PyramidFlow checkpoint; {remedy}")
     version = content.get("version")
     if not isinstance(version, int) or version != VERSION:
+        version = version if isinstance(version, int) and 0 <= version < 1000 else "unknown"
         raise InputError(
-            f"{path} is of checkpoint version {str(version)[:20]}, this program reads {VERSION}; train again "
+            f"{path} is of checkpoint version {version}, this program reads {VERSION}; train again "
             "or use the program that wrote it"
         )
     return content
