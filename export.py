@@ -10,10 +10,9 @@ Input `image`: uint8 (batch,h,w,3), RGB, resized to the model's size (bilinear, 
 --anyImageSize any h and w, and the graph resizes.  Inputs that may be left out: `image_threshold` and
 `pixel_threshold`, float32 (1,), and `roi`, bool (H,W), outside of which nothing is defective.  (H,W) is the size
 of maps, 256x256 unless --mapSize of train.py or fit.py said otherwise.
-Outputs: `anomaly_map`, float32 (batch,H,W); `score`, (batch,), its maximum (of a bank, that of the typical
-templates' map; or what --imageScore said); `defective`, bool (batch,); `mask`, bool (batch,H,W).  A score that is
-not a number is defective.  Metadata: image_height, image_width, any_image_size, map_height, map_width,
-image_threshold, pixel_threshold, class.
+Outputs: `anomaly_map`, float32 (batch,H,W); `score`, (batch,), what --imageScore said; `defective`, bool (batch,);
+`mask`, bool (batch,H,W).  A score that is not a number is defective.  Metadata: image_height, image_width,
+any_image_size, map_height, map_width, image_threshold, pixel_threshold, class.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 
 from dataset import MASK_SIZE
 from fit import add_checkpoint
-from scorer import LARGEST, Scorer, gaussian, image_scores, latents_of, read_metrics
+from scorer import DETAIL, LARGEST, Scorer, gaussian, image_scores, latents_of, read_metrics
 from util import InputError, Parser, atomic_path, run_script
 from verdict import (
     Calibration,
@@ -212,6 +211,7 @@ class Graph(nn.Module):
         for axis, size in enumerate(scorer.config.level_size(0)):
             self.register_buffer(f"resize{axis}", _resizing(size, scorer.map_size[axis]))
             self.register_buffer(f"smooth{axis}", _smoothing(axis, scorer.map_size, scorer.smooth))
+            self.register_buffer(f"around{axis}", _smoothing(axis, scorer.map_size, DETAIL))
 
     def forward(
         self, image: Tensor, image_threshold: Tensor, pixel_threshold: Tensor, roi: Tensor
@@ -220,9 +220,12 @@ class Graph(nn.Module):
         scorer = replace(self._scorer, templates=templates)
         maps, typical = scorer.differences(latents_of(self.model, image))
         sharp = _along_both(maps, self.resize0, self.resize1)
-        typical = sharp if typical is None else _along_both(typical, self.resize0, self.resize1)
+        if scorer.image_score == "detail":
+            judged = sharp - _along_both(sharp, self.around0, self.around1)
+        else:
+            judged = sharp if typical is None else _along_both(typical, self.resize0, self.resize1)
         maps = _along_both(sharp, self.smooth0, self.smooth1)
-        scores = image_scores(typical, scorer.image_score, roi)
+        scores = image_scores(judged, scorer.image_score, roi)
         # What is no number is not below either.
         return maps, scores, ~(scores < image_threshold), ~(maps < pixel_threshold) & roi
 

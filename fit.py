@@ -146,8 +146,9 @@ def add_score_flags(parser: argparse._ActionsContainer) -> None:
         help="--score bank: divide differences by their usual size, per level and channel")
     add("--smooth", type=number(0, MOST_SMOOTH), default=default.smooth, metavar="PIXELS",
         help="--score bank: deviation of a Gaussian over the anomaly map, in its pixels")
-    add("--imageScore", choices=IMAGE_SCORES, default=default.image_score,
-        help="of an image: max, its highest pixel; top, the mean of the highest in a thousand pixels")
+    add("--imageScore", choices=("auto", *IMAGE_SCORES), default="auto",
+        help="of an image: max, its highest pixel; top, the mean of the highest in a thousand pixels; detail, the "
+        "same of the map's difference to itself, smoothed; auto: max, and with --score bank detail")
     add("--mapSize", type=_side, nargs="+", default=[256], metavar="N",
         help="of anomaly maps, and of masks for the metrics: one number, H W, or native, as fine as the finest "
         "level; 256 is the paper's")
@@ -173,10 +174,8 @@ def check_score_flags(args: argparse.Namespace) -> None:
 def options_of_flags(args: argparse.Namespace, stored: ScoreOptions | None = None) -> ScoreOptions:
     """What the flags ask for, else what is stored."""
     if args.score is None:
-        options = stored
-    else:
-        options = ScoreOptions(args.score, args.numTemplate, args.whiten, args.smooth)
-    return replace(options, image_score=args.imageScore or stored.image_score)
+        return replace(stored, image_score=args.imageScore or stored.image_score)
+    return ScoreOptions(args.score, args.numTemplate, args.whiten, args.smooth, args.imageScore or "auto")
 
 
 def with_map_size(config: PyramidFlowConfig, given: Sequence[int | str] | None) -> PyramidFlowConfig:

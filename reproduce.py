@@ -38,6 +38,7 @@ import figures
 import train
 import util
 from dataset import MVTEC_TEXTURES, list_classes, recognize
+from fit import options_of_flags
 from jobs import Job, Machines, run_jobs, shown
 from metrics import METRICS, TABLE_METRICS
 from scorer import MOST_TEMPLATES, ScoreOptions
@@ -317,7 +318,9 @@ def training_key(flags: list[str]) -> str:
     about["saveMemory"] = about["save_memory"]  # auto, the default, changes no number
     unread = ("numTemplate", "whiten", "smooth") if args.score == "paper" else ()
     default = train.make_parser().get_default
+    about["imageScore"] = options_of_flags(args).image_score
     unread += tuple(name for name in train.ADDED_FLAGS if about[name] == default(name))
+    unread += ("imageScore",) if about["imageScore"] == "max" else ()  # what it was before auto
     about = {name: value for name, value in about.items() if name not in (*NOT_IN_KEY, *unread)}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
 

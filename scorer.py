@@ -50,8 +50,10 @@ FORMAT, VERSION = "PyramidFlow checkpoint", 3
 LARGEST = 2**14  # of any number in a configuration: a damaged file must not make a huge model
 LAST_FILE = "last.pt"  # of a run, the scorer of its last epoch
 SCORES = ("paper", "bank")
-IMAGE_SCORES = ("max", "top")
-TOP_ONE_IN = 1000  # pixels, whose mean score is the image's by "top"
+IMAGE_SCORES = ("max", "top", "detail")
+USUAL_IMAGE_SCORE = {"paper": "max", "bank": "detail"}
+TOP_ONE_IN = 1000  # pixels, whose mean is the image's score by "top" and "detail"
+DETAIL = 1.0  # deviation in pixels of the Gaussian over a map that "detail" takes away from it
 MOST_SMOOTH = 64.0
 LATENT_SHARE = 1 / 4  # of the free memory, for latents that are needed more than once
 MOST_TEMPLATES = 1024
@@ -72,19 +74,25 @@ class ScoreOptions:
         num_template: K of the bank; with 1 the bank is the mean, whitened.
         whiten: divide the bank's differences by their usual size, for each level and channel.
         smooth: deviation in pixels of a Gaussian over the bank's anomaly maps; 0: none.
-        image_score: of an image, "max", its map's highest pixel; "top", the mean of the highest in a thousand.
+        image_score: of an image, "max", its map's highest pixel; "top", the mean of the highest in a thousand;
+            "detail", the same of the map's difference to itself, smoothed; "auto", the score's usual one.
     """
 
     score: str = "paper"
     num_template: int = 64
     whiten: bool = True
     smooth: float = 1.0
-    image_score: str = "max"
+    image_score: str = "auto"
+
+    def __post_init__(self):
+        if self.image_score == "auto":
+            object.__setattr__(self, "image_score", USUAL_IMAGE_SCORE[self.score])
 
     @property
     def with_papers(self) -> list[ScoreOptions]:
         """The paper's score, and these options unless they are the paper's."""
-        papers = ScoreOptions(image_score=self.image_score)
+        usual = self.image_score == USUAL_IMAGE_SCORE[self.score]
+        papers = ScoreOptions(image_score="auto" if usual else self.image_score)
         return [papers, self] if self.score == "bank" else [papers]
 
 
@@ -95,7 +103,7 @@ class Scorer(Inspector):
     Attributes:
         model: in eval mode, on the device.
         templates: L levels (K,C,H/2^i,W/2^i) there, in units of `sigma`; the first is the mean.
-        num_typical: so many of them, the first ones, are typical: image scores come from these.
+        num_typical: so many of them, the first ones, are typical: image scores "max" and "top" come from these.
         sigma: L tensors (C,), by which differences are divided; None: they are not.
         smooth: deviation in pixels of the Gaussian over maps; 0: none.
         image_score: one of `IMAGE_SCORES`.
@@ -161,9 +169,12 @@ class Scorer(Inspector):
         """
         maps, typical = self.differences(latents, left_out, mean_factor)
         maps = resize_maps(maps, self.map_size)
-        typical = maps if typical is None else resize_maps(typical, self.map_size)
+        if self.image_score == "detail":
+            judged = maps - gaussian(maps, DETAIL)
+        else:
+            judged = maps if typical is None else resize_maps(typical, self.map_size)
         roi = self.roi if roi is None else roi
-        return Scored(gaussian(maps, self.smooth), image_scores(typical, self.image_score, roi))
+        return Scored(gaussian(maps, self.smooth), image_scores(judged, self.image_score, roi))
 
     def differences(
         self, latents: Tensors, left_out: Tensor | None = None, mean_factor: float = 1.0
@@ -379,7 +390,12 @@ def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def image_scores(maps: Tensor, kind: str, roi: Tensor | None = None) -> Tensor:
-    """(B,) of maps (B,H,W), inside of `roi`, bool (H,W); kind is one of `IMAGE_SCORES`."""
+    """(B,) of maps (B,H,W), inside of `roi`, bool (H,W).
+
+    Args:
+        maps: what is judged; for "detail" that is anomaly maps less themselves, smoothed.
+        kind: one of `IMAGE_SCORES`.
+    """
     inside = maps if roi is None else maps.where(roi, -torch.inf)
     if kind == "max":
         return inside.amax((1, 2))

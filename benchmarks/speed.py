@@ -142,7 +142,8 @@ class Inference:
             )
             self.scorer.num_typical = max(1, num_template // 2)
             self.scorer.sigma = tuple(torch.ones(config.channels, device=device) for _ in template)
-            self.scorer.smooth = ScoreOptions().smooth
+            options = ScoreOptions("bank")
+            self.scorer.smooth, self.scorer.image_score = options.smooth, options.image_score
 
     def __call__(self) -> Tensor:
         self.scorer.model.compute_networks_in(apply_precision(self._precision))

@@ -206,12 +206,12 @@ def test_weights_do_not_depend_on_the_size_of_maps(trained, tmp_path, run_main):
     assert code == 0, err
 
 
-@pytest.mark.parametrize("smooth", [1.0, 9.0])
+@pytest.mark.parametrize(("smooth", "image_score"), [(1.0, "top"), (9.0, "top"), (9.0, "detail")])
 @pytest.mark.parametrize("map_size", [(32, 64), (16, 90), (3, 200)])
-def test_the_graph_has_the_size_and_the_score(tmp_path, map_size, smooth):
+def test_the_graph_has_the_size_and_the_score(tmp_path, map_size, smooth, image_score):
     """Also where the Gaussian is wider than one side."""
-    config = small_config(image_size=(32, 64), map_size=map_size)
-    scorer, images = fitted(config, score="bank", num_template=3, smooth=smooth, image_score="top")
+    config, bank = (small_config(image_size=(32, 64), map_size=map_size), {"score": "bank", "num_template": 3})
+    scorer, images = fitted(config, **bank, smooth=smooth, image_score=image_score)
     scorer.roi = torch.rand(map_size) < 0.7
     export.export_onnx(scorer, tmp_path / "a.onnx")
     exported = export.OnnxScorer(tmp_path / "a.onnx")
@@ -253,7 +253,7 @@ def test_top_is_the_mean_of_the_highest_in_a_thousand_pixels():
         assert torch.allclose(image_scores(maps, "top", roi), inside[:, -count:].mean(1))
         assert torch.equal(image_scores(maps, "max", roi), inside[:, -1])
     maps[1, 7, 7] = torch.nan
-    for kind in ("max", "top"):
+    for kind in ("max", "top", "detail"):
         assert image_scores(maps, kind).isnan().tolist() == [False, True, False]
 
 
@@ -264,6 +264,27 @@ def test_one_bright_pixel_does_not_decide_by_top():
     maps[1, 5:14, 5:14] = 0.5
     assert image_scores(maps, "max").argmax() == 0
     assert image_scores(maps, "top").argmax() == 1
+
+
+def test_detail_does_not_see_how_bright_the_whole_map_is(monkeypatch):
+    """But what stands out of its surroundings."""
+    maps = torch.rand(3, 256, 256)
+    maps[1] += 5
+    maps[2, 100:116, 100:116:2] += 1
+    scorer, _ = fitted(small_config(image_size=(32, 64)), score="bank", num_template=3)
+    monkeypatch.setattr(Scorer, "differences", lambda *_: (maps, maps))
+    scores = scorer.score_latents(()).scores
+    assert scores[0] == pytest.approx(float(scores[1]), rel=0.2)
+    assert scores[2] > 1.3 * scores[:2].max()
+
+
+def test_the_usual_score_of_an_image():
+    """Of the paper's score the maximum; of a bank the detail, while the paper's beside it keeps its own."""
+    assert ScoreOptions().image_score == "max"
+    assert [o.image_score for o in ScoreOptions("bank").with_papers] == ["max", "detail"]
+    for given in ("max", "top"):
+        both = ScoreOptions("bank", image_score=given).with_papers
+        assert [o.image_score for o in both] == [given, given]
 
 
 def test_the_calibration_follows_the_score(tmp_path):

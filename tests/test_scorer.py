@@ -1,6 +1,6 @@
 """A scorer is what the formulas say, its thresholds are honest, and it survives a file."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -70,6 +70,12 @@ def at_mask_size(anomaly):
     return F.interpolate(anomaly[None, None], (256, 256), mode="bilinear", antialias=True)[0, 0]
 
 
+def detail(anomaly):
+    """The mean of the highest in a thousand pixels of a map (256,256) less itself, smoothed by one."""
+    pixels = (anomaly - gaussian(anomaly[None], 1.0)[0]).flatten().sort().values
+    return float(pixels[-66:].mean())
+
+
 def usual_sizes(latents):
     """sigma[c]: the root of the mean over pixels of the variance over images."""
     return [z.double().var(0, correction=0).mean((1, 2)).sqrt().float() for z in latents]
@@ -129,8 +135,10 @@ def test_the_banks_map_is_that_of_the_best_template_at_each_pixel(model, images,
         expected = at_mask_size(maps.amin(0))
         expected = gaussian(expected[None], smooth)[0] if smooth else expected
         assert torch.allclose(found, expected, atol=1e-4 * float(expected.max()))
+        assert float(score) == pytest.approx(detail(at_mask_size(maps.amin(0))), rel=1e-3)
         typical = at_mask_size(maps[: scorer.num_typical].amin(0))  # neither smoothed nor with the odd ones
-        assert float(score) == pytest.approx(float(typical.max()), rel=1e-4)
+        by_max = replace(scorer, image_score="max").score(others[i : i + 1]).scores
+        assert float(by_max) == pytest.approx(float(typical.max()), rel=1e-4)
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, COUNT + 5])
@@ -282,9 +290,11 @@ def test_each_image_is_scored_against_the_mean_of_the_others(model, images):
     assert scorer.calibration.image_scores == pytest.approx(sorted(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize("image_score", ["max", "detail"])
 @pytest.mark.parametrize("count", [2, 3, COUNT + 3])
-def test_an_image_in_the_bank_is_scored_against_the_others_in_it(model, images, count):
-    scorer = Scorer.fit(model, Pictures(images), ScoreOptions("bank", count, smooth=0.0))
+def test_an_image_in_the_bank_is_scored_against_the_others_in_it(model, images, count, image_score):
+    options = ScoreOptions("bank", count, smooth=0.0, image_score=image_score)
+    scorer = Scorer.fit(model, Pictures(images), options)
     latents = latents_of(model, images)
     chosen, _ = greedy(latents, count - 1)
     expected, maps = [], []
@@ -294,7 +304,7 @@ def test_an_image_in_the_bank_is_scored_against_the_others_in_it(model, images, 
         kept = [1 + place for place, k in enumerate(chosen) if k != i]
         bank = [torch.cat([m, t[kept]]) for m, t in zip(mean, scorer.templates, strict=True)]
         typical = 1 + sum(k != i for k in chosen[: scorer.num_typical - 1])
-        others = Scorer(model, tuple(bank), typical, scorer.sigma)
+        others = Scorer(model, tuple(bank), typical, scorer.sigma, image_score=image_score)
         found = others.score(images[i : i + 1])
         expected.append(float(found.scores))
         maps.append(found.maps)
@@ -305,14 +315,18 @@ def test_an_image_in_the_bank_is_scored_against_the_others_in_it(model, images, 
 
 
 def test_a_whitened_mean_is_calibrated_as_the_mean_is(model, images):
-    scorer = Scorer.fit(model, Pictures(images), ScoreOptions("bank", 1))
+    by_max, scorer = (
+        Scorer.fit(model, Pictures(images), ScoreOptions("bank", 1, image_score=kind)) for kind in ("max", "auto")
+    )
     latents = latents_of(model, images)
-    expected = []
+    expected, details = [], []
     for i in range(COUNT):
         others = [torch.cat([z[:i], z[i + 1 :]]).mean(0, keepdim=True) for z in latents]
-        anomaly = map_against(model, one(latents, i), others, scorer.sigma)
-        expected.append(float(at_mask_size(anomaly).max()))
-    assert scorer.calibration.image_scores == pytest.approx(sorted(expected), rel=1e-4)
+        anomaly = at_mask_size(map_against(model, one(latents, i), others, scorer.sigma))
+        expected.append(float(anomaly.max()))
+        details.append(detail(anomaly))
+    assert by_max.calibration.image_scores == pytest.approx(sorted(expected), rel=1e-4)
+    assert scorer.calibration.image_scores == pytest.approx(sorted(details), rel=1e-3)
 
 
 def test_one_image_has_no_others(model, images):
