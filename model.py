@@ -208,7 +208,8 @@ def load_encoder_weights(model: PyramidFlow, state_dict: dict[str, Tensor]) -> N
         if x.shape != own[ours].shape:
             shapes = f"{tuple(x.shape)}, {encoder} needs {tuple(own[ours].shape)}"
             raise ValueError(f"entry {name} has shape {shapes}")
-        if own[ours].is_floating_point() and not (x.is_floating_point() and x.isfinite().all()):
+        right = not x.is_complex() and (x.is_floating_point() or not own[ours].is_floating_point())
+        if not right or not x.isfinite().all():
             raise ValueError(f"entry {name} has values that are not finite numbers")
         own[ours] = x
     model.stem.load_state_dict(own)

@@ -584,6 +584,9 @@ def test_encoder_weights_are_taken_by_torchvisions_names():
     for odd in (torch.full((64, 3, 7, 7), torch.nan), torch.zeros(64, 3, 7, 7, dtype=torch.int32)):
         with pytest.raises(ValueError, match=r"entry conv1\.weight has values that are not finite"):
             load_encoder_weights(model, {**state, "conv1.weight": odd})
+    counter = {"bn1.num_batches_tracked": torch.zeros((), dtype=torch.complex64)}
+    with pytest.raises(ValueError, match=r"entry bn1\.num_batches_tracked has values that are not finite"):
+        load_encoder_weights(model, {**state, **counter})
     with pytest.raises(ValueError, match="has no name"):
         load_encoder_weights(model, {**state, 3: torch.zeros(1)})
     with pytest.raises(ValueError, match=r"entry bn1\.bias is not a tensor"):
