@@ -135,6 +135,11 @@ def test_a_class_that_is_not_there_is_named(trained, tmp_path, run_main):
     assert "no class 'widget'" in err
 
 
+def nested(depth):
+    """Lists in lists that share their parts: small in a file, endless as text."""
+    return [] if not depth else [nested(depth - 1)] * 2
+
+
 def change_of(key, value):
     def change(content):
         content[key] = value(content[key])
@@ -146,6 +151,7 @@ def change_of(key, value):
     ("change", "message"),
     [
         (change_of("version", lambda _: 1), "of checkpoint version 1"),
+        (change_of("version", lambda _: nested(40)), "of checkpoint version unknown"),
         (change_of("format", lambda _: "x"), "not a PyramidFlow checkpoint"),
         (change_of("config", lambda c: {**c, "image_size": [64, 64]}), "running_mean has shape"),
         (change_of("config", lambda c: {**c, "num_stack": 10**9}), "configuration value"),
