@@ -293,8 +293,8 @@ class OnnxScorer(Inspector):
         self._path = path
         try:
             data = _check_digest(path.read_bytes())
-            # Without a second attempt, which would be announced on stdout.
-            self._session = onnxruntime.InferenceSession(data, options, providers=providers, enable_fallback=0)
+            again = int(len(providers) > 1)  # else a second attempt is the same, and announced on stdout
+            self._session = onnxruntime.InferenceSession(data, options, providers=providers, enable_fallback=again)
             about = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA_KEY])
             self.class_name, self.metrics = str(about["class"]), read_metrics(about["metrics"])
             self.image_size = _read_size(about["image_size"], self._session)

@@ -132,12 +132,14 @@ class Machines:
 
 
 def run_jobs(
-    jobs: Sequence[Job], machines: Machines, folder: Path, report: Callable[[Job, str], None]
-) -> list[Job]:
+    jobs: Sequence[Job], machines: Machines, folder: Path, report: Callable[[Job, str], None],
+    check: Callable[[], None] = lambda: None,
+) -> list[Job]:  # fmt: skip
     """Run what has no result yet; the jobs that failed.
 
     Args:
         folder: for Slurm's files.
+        check: called now and then, may raise KeyboardInterrupt.
         report: told of every job that "starts", is "done", "failed, once more: ..." or "failed: ...".
 
     Raises:
@@ -152,6 +154,7 @@ def run_jobs(
     try:
         while waiting or running:
             start(waiting, free, running, submit, report)
+            check()
             time.sleep(SECONDS_BETWEEN_LOOKS)
             for job, place, process in [entry for entry in running if entry[-1].done()]:
                 running.remove((job, place, process))

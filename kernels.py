@@ -307,7 +307,7 @@ def up_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def conv2d(
     weight: Tensor, x: Tensor | None = None, upsampled: Tensor | None = None, stride: int = 1, slope: float = 1.0
 ) -> Tensor:
-    """LeakyReLU(convolution), "same" zero padding, of a map, a nearest-upsampled map, or their concatenation.
+    """The LeakyReLU of a convolution, zero padding "same", of a map, a nearest-upsampled map, or both together.
 
     Upsampled maps are never made, and where it pays a way through the frequency domain is taken.
 
@@ -321,9 +321,6 @@ def conv2d(
     Returns:
         (B,O,H/stride,W/stride).
     """
-    if _is_too_small(weight, x, upsampled):
-        maps = [None if y is None else y.float() for y in (x, upsampled)]
-        return conv2d(weight.float(), *maps, stride, slope).to(weight.dtype)
     own = other = weight
     if x is not None and upsampled is not None:
         own, other = weight.split([x.shape[1], upsampled.shape[1]], dim=1)
@@ -362,16 +359,19 @@ def kernel_of_upsampled(weight: Tensor) -> Tensor:
     return summed.flip(-2, -1).transpose(0, 1).contiguous(memory_format=MEMORY_FORMAT)
 
 
-def _is_too_small(weight: Tensor, x: Tensor | None, upsampled: Tensor | None) -> bool:
-    """Whether oneDNN's bfloat16 may be wrong, which is no faster here anyway.
+def convolution_dtype(asked: torch.dtype | None, device: torch.device, channels: int, side: int, k: int):
+    """The dtype that k x k convolutions are to be computed in: as asked; None: that of their weights.
 
-    Seen with oneDNN 3.12 and k = 7: with AMX, gradients of upsampled maps of 4 or 6 channels are unlike the true
-    ones; without it, gradients of the weight at maps of 2x2 pixels are zero.
+    On the CPU bfloat16 is for 16 channels and more, and for maps as large as the kernel.  oneDNN 3.12 errs below,
+    at k = 7: with AMX, gradients of upsampled maps of 4 or 6 channels are unlike the true ones; without it,
+    gradients of the weight at maps of 2x2 pixels are zero.
+
+    Args:
+        channels: C of the features; the convolutions have C or 2C.
+        side: the smaller one of the map.
     """
-    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    height, width = (2 * n for n in upsampled.shape[-2:]) if x is None else x.shape[-2:]
-    return min(weight.shape[:2]) < 16 or min(height, width) < weight.shape[-1]
+    errs = asked == torch.bfloat16 and device.type == "cpu" and (channels < 16 or side < k)
+    return None if errs else asked
 
 
 def _leaky_relu(x: Tensor, slope: float) -> Tensor:
@@ -390,7 +390,10 @@ def _convolution(
 
 def _can_fuse(x: Tensor) -> bool:
     """Whether oneDNN can add and apply LeakyReLU while it writes a convolution's result."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
+    library = torch.backends.mkldnn
+    if x.device.type != "cpu" or not (library.is_available() and library.enabled):
+        return False
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     if x.dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()

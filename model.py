@@ -357,15 +357,21 @@ class AffineParameters(nn.Module):
 
     def forward(self, x: Tensor | None = None, upsampled: Tensor | None = None) -> Tensors:
         """x (B,I,H,W) and/or `upsampled` (B,I,H/2,W/2) -> (scale, shift), each (B,C,H,W)."""
-        maps = self._cast(x), self._cast(upsampled)
-        hidden = kernels.conv2d(self._cast(self.conv1.weight), *maps, slope=LEAKY_SLOPE)
-        raw = kernels.conv2d(self._cast(self.conv2.weight), hidden, stride=self.conv2.stride[0])
+        dtype = self._dtype(x, upsampled)
+        maps = _cast(x, dtype), _cast(upsampled, dtype)
+        hidden = kernels.conv2d(_cast(self.conv1.weight, dtype), *maps, slope=LEAKY_SLOPE)
+        raw = kernels.conv2d(_cast(self.conv2.weight, dtype), hidden, stride=self.conv2.stride[0])
         return self.norm(raw)
 
-    def _cast(self, x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
-        return x.to(self.compute_dtype or x.dtype, memory_format=kernels.MEMORY_FORMAT)
+    def _dtype(self, x: Tensor | None, upsampled: Tensor | None) -> torch.dtype:
+        """That of the convolutions."""
+        own, channels, k = self.conv1.weight, self.conv2.out_channels // 2, self.conv1.kernel_size[0]
+        side = 2 * min(upsampled.shape[-2:]) if x is None else min(x.shape[-2:])
+        return kernels.convolution_dtype(self.compute_dtype, own.device, channels, side, k) or own.dtype
+
+
+def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype, memory_format=kernels.MEMORY_FORMAT)
 
 
 class VolumeNorm(nn.Module):

@@ -349,10 +349,10 @@ def run(plan: list[Entry], args: argparse.Namespace) -> list[Job]:
 
     machines = Machines(visible_gpus(args.given), args.jobs, args.slurm)
     try:
-        with util.StopSignals(), (args.out / "lock").open("a") as file:
+        with util.StopSignals() as stop, (args.out / "lock").open("a") as file:
             if not util.lock(file):
                 raise InputError(f"another reproduce.py works in {args.out}; wait for it, or choose another --out")
-            return run_jobs(jobs, machines, args.out / "slurm", report)
+            return run_jobs(jobs, machines, args.out / "slurm", report, stop.check)
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command again completes what is missing") from None
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import dataset
 import figures
+import kernels
 import report
 import spectral
 import util
@@ -466,8 +467,8 @@ def activation_bytes(config: PyramidFlowConfig, batch_size: int, precision: str,
     A block (see `model.CouplingBlock`) keeps the state it makes and exp(s), in float32, and the hidden map
     and [s0, t], in the precision of the convolutions.  On top comes the gradient of one block, or of the loss.
     """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    c, size = config.channels, dtype.itemsize
+    asked = torch.bfloat16 if precision == "bf16" else None
+    c = config.channels
     pixels = [batch_size * h * w for h, w in map(config.level_size, range(config.num_level))]
     peak = 10 * c * pixels[0] * (batch_size - 1)  # of the loss: it grows with the pairs of images
     kept = 4 * c * sum(pixels)
@@ -475,6 +476,9 @@ def activation_bytes(config: PyramidFlowConfig, batch_size: int, precision: str,
         target = i if kind == "up" else i + 1
         level = i if kind == "down" else target  # of the hidden map
         out = level if config.volume_norm == "SVN" else target  # of [s0, t]
+        side = min(config.level_size(level))
+        dtype = kernels.convolution_dtype(asked, device, c, side, config.kernel_size) or torch.float32
+        size = dtype.itemsize
         kept += c * (4 * pixels[target] + 2 * size * pixels[level] + (2 * size + 4) * pixels[out])
         if out != target:  # every second pixel of exp(s) and t
             kept += c * (size + 4) * pixels[target]
@@ -499,7 +503,8 @@ def convolution_bytes(
     """
     (batch, height, width), (own, upsampled), outputs = shape, inputs, 2 * config.channels
     channels, k = own + upsampled, config.kernel_size
-    weight, number_ = torch.empty(outputs, channels, k, k, dtype=dtype), torch.empty((), dtype=dtype)
+    number_ = torch.empty((), dtype=dtype)
+    weight = number_.expand(outputs, channels, k, k)
     x = number_.expand(batch, own, height, width) if own else None
     small = number_.expand(batch, upsampled, height // 2, width // 2) if upsampled else None
     way = spectral.choose_way(weight, x, small, stride) if device.type == "cpu" else "direct"

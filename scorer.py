@@ -754,10 +754,10 @@ def read_config(given: dict) -> PyramidFlowConfig:
     known = isinstance(given, dict) and names - {"map_size"} <= given.keys() <= names
     require(known, "not a configuration")  # those without a map size have the default
     for name, value in given.items():
-        kind = type(getattr(PyramidFlowConfig, name))  # of the default
-        is_pair = kind is tuple and isinstance(value, list) and len(value) == 2
-        numbers, kind = (value, int) if is_pair else ([value], kind)
-        usual = all(type(x) is kind and (kind is not int or 1 <= x <= LARGEST) for x in numbers)
+        kind, parts = type(getattr(PyramidFlowConfig, name)), [value]  # of the default
+        if kind is tuple:
+            kind, parts = int, value if isinstance(value, list) and len(value) == 2 else [None]
+        usual = all(type(x) is kind and (kind is not int or 1 <= x <= LARGEST) for x in parts)
         require(usual, f"configuration value {name}")
     return PyramidFlowConfig(**given)
 

@@ -136,18 +136,21 @@ class Basis:
     Piece j holds the samples `start + j * stride` to `start + j * stride + n - 1`; those outside the map are zero.
 
     Attributes:
-        first: the matrix along the columns, (P,n), by which `rows_from_spectrum` is adjoint to `rows_to_spectrum`.
-        second: of tiles the one along the rows, (2T,2n); of strips the one that gives a factor, (3T/2-1,n).
+        down: the matrix along the columns, (P,n), by which `rows_from_spectrum` is adjoint to `rows_to_spectrum`.
+        across: of tiles, the one along the rows, (2T,2n), complex samples (real parts, then imaginary parts) to
+            all frequencies, real and imaginary parts alternating.
+        factor: of strips, the one along the columns that gives a factor, (3T/2-1,n).
     """
 
-    first: Tensor
-    second: Tensor
+    down: Tensor
     start: int
     stride: int
+    across: Tensor | None = None
+    factor: Tensor | None = None
 
     @property
     def length(self) -> int:
-        return self.first.shape[1]
+        return self.down.shape[1]
 
     def count(self, size: int) -> int:
         """Pieces over `size` samples."""
@@ -169,13 +172,13 @@ def rows_to_spectrum(x: Tensor, by: Basis, matrix: Tensor, out: Tensor) -> Tenso
 
 
 def rows_from_spectrum(spectrum: Tensor, by: Basis, out: Tensor) -> Tensor:
-    """(P, pieces, W*C) -> `out` (B,H,W,C), contiguous; the adjoint of `rows_to_spectrum` by `by.first`."""
+    """(P, pieces, W*C) -> `out` (B,H,W,C), contiguous; the adjoint of `rows_to_spectrum` by `by.down`."""
     apart = by.length == by.stride  # pieces that overlap add up
     if not apart:
         out.zero_()
     for number, image, samples, places in by.pieces(*out.shape[:2]):
         rows = out[image, samples].view(-1, spectrum.shape[-1])
-        torch.addmm(rows, by.first[:, places].T, spectrum[:, number], beta=1 - apart, out=rows)
+        torch.addmm(rows, by.down[:, places].T, spectrum[:, number], beta=1 - apart, out=rows)
     return out
 
 
@@ -202,7 +205,7 @@ def basis(kind: str, k: int, dtype: torch.dtype) -> Basis:
     half = torch.cat([cos[:count] * scale_half, sin[:count] * scale_half])
     real, imaginary = torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)
     full = scale_full * torch.cat([real, imaginary], dim=2).flatten(0, 1)
-    return Basis(half.to(dtype), full.to(dtype), start, stride)
+    return Basis(half.to(dtype), start, stride, across=full.to(dtype))
 
 
 def to_spectrum(x: Tensor, by: Basis) -> Tensor:
@@ -210,17 +213,17 @@ def to_spectrum(x: Tensor, by: Basis) -> Tensor:
     batch, height, width, channels = x.shape
     down, across = by.count(height), by.count(width)
     padded = (across - 1) * by.stride + by.length
-    rows = x.new_zeros(len(by.first), batch * down, padded * channels)
+    rows = x.new_zeros(len(by.down), batch * down, padded * channels)
     inside = slice(-by.start * channels, (width - by.start) * channels)
-    rows_to_spectrum(x, by, by.first, rows[..., inside])
-    frequencies = len(by.first) // 2
+    rows_to_spectrum(x, by, by.down, rows[..., inside])
+    frequencies = len(by.down) // 2
     count = frequencies * batch * down
     overlapping = rows.as_strided(
         (count, across, 2, by.length, channels),
         (padded * channels, by.stride * channels, count * padded * channels, channels, 1),
     )
     windows = overlapping.reshape(-1, 2 * by.length, channels)
-    spectrum = torch.bmm(by.second.expand(len(windows), -1, -1), windows)
+    spectrum = torch.bmm(by.across.expand(len(windows), -1, -1), windows)
     return spectrum.view(frequencies, batch * down * across, -1, 2 * channels)
 
 
@@ -230,14 +233,14 @@ def from_spectrum(spectrum: Tensor, by: Basis, out: Tensor) -> Tensor:
     down, across = by.count(height), by.count(width)
     padded = (across - 1) * by.stride + by.length
     count = len(spectrum) * batch * down
-    windows = spectrum.reshape(-1, len(by.second), channels)
-    windows = torch.bmm(by.second.T.expand(len(windows), -1, -1), windows)
+    windows = spectrum.reshape(-1, len(by.across), channels)
+    windows = torch.bmm(by.across.T.expand(len(windows), -1, -1), windows)
     windows = windows.view(count, across, 2, by.length, channels).permute(2, 0, 1, 3, 4)
     apart = by.length == by.stride  # tiles that overlap add up
     rows = windows if apart else spectrum.new_zeros(2, count, padded, channels)
     for j in range(0 if apart else across):
         rows[:, :, j * by.stride : j * by.stride + by.length] += windows[:, :, j]
-    rows = rows.reshape(len(by.first), batch * down, padded * channels)
+    rows = rows.reshape(len(by.down), batch * down, padded * channels)
     return rows_from_spectrum(rows[..., -by.start * channels : (width - by.start) * channels], by, out)
 
 
@@ -348,7 +351,7 @@ def strip_basis(kind: str, k: int, dtype: torch.dtype) -> Basis:
         matrix /= positions
     real, imaginary = matrix[2::2], matrix[3::2]
     factor = torch.cat([matrix[:2], torch.stack([real, imaginary, -real], 1).flatten(0, 1)])
-    return Basis(matrix.to(dtype), factor.to(dtype), start, stride)
+    return Basis(matrix.to(dtype), start, stride, factor=factor.to(dtype))
 
 
 def fourier_matrix(positions: int, count: int) -> Tensor:
@@ -369,7 +372,7 @@ def strips_to_spectrum(x: Tensor, by: Basis, matrix: Tensor) -> Tensor:
 
 
 def strips_from_spectrum(spectrum: Tensor, by: Basis, out: Tensor) -> Tensor:
-    """(T, strips, W, C) -> `out` (B,H,W,C), contiguous; the adjoint of `strips_to_spectrum` by `by.first`."""
+    """(T, strips, W, C) -> `out` (B,H,W,C), contiguous; the adjoint of `strips_to_spectrum` by `by.down`."""
     return rows_from_spectrum(spectrum.flatten(2), by, out)
 
 
@@ -434,7 +437,7 @@ class _StripConvolution(torch.autograd.Function):
 def _factor(x: Tensor, kind: str, k: int, channels: int) -> Tensor:
     """(B,C,H,W) -> (3T/2-1, strips, W, C), seen with so many channels."""
     by = strip_basis(kind, k, x.dtype)
-    factor = strips_to_spectrum(x.permute(0, 2, 3, 1).contiguous(), by, by.second)
+    factor = strips_to_spectrum(x.permute(0, 2, 3, 1).contiguous(), by, by.factor)
     return factor.view(*factor.shape[:2], -1, channels)
 
 

@@ -261,7 +261,8 @@ def train_classes(args: Namespace, device: torch.device) -> None:
             if "all" not in args.cls:
                 raise
             failed.append(f"{name}: {error}")
-            print(f"left out: {failed[-1]}", file=sys.stderr)
+            if util.is_main():
+                print(f"left out: {failed[-1]}", file=sys.stderr)
     try:
         for one in runs:
             try:
@@ -276,9 +277,6 @@ def train_classes(args: Namespace, device: torch.device) -> None:
             print("\n" + result_table([*rows, *mean_row(rows)], args.proLimit))
     if failed:
         raise InputError("; ".join(failed))
-
-
-# -------------------------------------------------------------------------- what a run writes
 
 
 # -------------------------------------------------------------------------------------- flags
@@ -390,7 +388,8 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     """All flags: of the command line, of its --config, and defaults."""
     parser = make_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
-    config = parser.parse_args(argv).config
+    first = parser.parse_args(argv)
+    config = first.config if first.resume is None else None  # else refused by `resumed_arguments`
     words = [*(config_arguments(parser, Path(config)) if config else ()), *argv]
     args = parser.parse_args(words)
     if (folder := folder_of_good(args)) and "cls" not in given_flags(words):
@@ -554,7 +553,8 @@ def stopped_run(folder: Path) -> dict:
         InputError: the folder holds no run that can be resumed.
     """
     stored, defaults = load_state(folder), vars(make_parser().parse_args([]))
-    stored["settings"] = {**{name: defaults[name] for name in ADDED_FLAGS}, **stored["settings"]}
+    later = {**{name: defaults[name] for name in ADDED_FLAGS}, "imageScore": "max"}  # before there was auto
+    stored["settings"] = {**later, **stored["settings"]}
     if stored["settings"].keys() != defaults.keys():
         raise InputError(f"{folder / STATE_FILE} is not the state of a run of this version; start again")
     return stored
@@ -568,6 +568,8 @@ def resumed_arguments(stored: dict, argv: list[str] | None) -> Namespace:
     """
     given, parser = given_flags(argv), make_parser()
     where = f"--resume {given['resume']}"
+    if "config" in given:
+        raise InputError(f"{where}: a run keeps its own settings; leave --config out")
     for name, value in given.items():
         if name not in FREE_ON_RESUME and not agrees(name, value, stored[name]):
             raise InputError(
@@ -589,9 +591,6 @@ def agrees(name: str, given: object, stored: object) -> bool:
     if name in ("imageSize", "mapSize"):
         return (given[0], given[-1]) == (stored[0], stored[-1])
     return given == stored or (name in ("precision", "saveMemory") and given == "auto")
-
-
-# ----------------------------------------------------------------------------- encoder weights
 
 
 if __name__ == "__main__":

@@ -631,8 +631,12 @@ def save_tensors(path: Path, content: dict) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written to.
     """
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:  # torch's own files hide a full disk
-        torch.save(content, file)
+    with atomic_path(path) as temporary:
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
+        except RuntimeError as error:  # of torch's writer, after the file could not be written
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> object:

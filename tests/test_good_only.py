@@ -143,9 +143,11 @@ def test_a_run_without_test_images_is_resumed(tmp_path, run_main):
     assert [row["epoch"] for row in csv.DictReader((run / "metrics.csv").open())] == ["1", "2"]
 
 
-def test_a_run_of_before_these_flags_is_resumed(tmp_path, run_main):
+@pytest.mark.parametrize("score", ["paper", "bank"])
+def test_a_run_of_before_these_flags_is_resumed(tmp_path, run_main, score):
     make_class(tmp_path / "data")
-    run, _ = trained_on(run_main, tmp_path, "--cls", "widget", "--datapath", tmp_path / "data")
+    given = ["--cls", "widget", "--datapath", tmp_path / "data", "--score", score]
+    run, _ = trained_on(run_main, tmp_path, *given)
     content = load_checkpoint(run / "state.pt")
     for name in train.ADDED_FLAGS:
         del content["settings"][name]
@@ -155,7 +157,8 @@ def test_a_run_of_before_these_flags_is_resumed(tmp_path, run_main):
     code, _, err = run_main(train.main, ["--resume", run, "--epochs", 2])
     assert code == 0, err
     rows = list(csv.DictReader((run / "metrics.csv").open()))
-    assert [bool(row["image_recall_threshold"]) for row in rows] == [False, True]
+    assert {row["epoch"]: bool(row["image_recall_threshold"]) for row in rows} == {"1": False, "2": True}
+    assert Scorer.load(run / "last.pt").image_score == "max"  # as it was
 
 
 def test_keys_of_trainings_stay():

@@ -1,5 +1,6 @@
 """Each kernel equals its plain twin, the formula; and the frequency domain is what kernels.py says it is."""
 
+import copy
 import itertools
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 import spectral
 from kernels import MEMORY_FORMAT, conv2d
-from model import LaplacianPyramid
+from model import AffineParameters, LaplacianPyramid, PyramidFlowConfig
 
 
 def random(*shape):
@@ -169,16 +170,26 @@ def test_the_fused_convolution_equals_the_formula(dtype, tolerance, source, stri
 @pytest.mark.parametrize("channels", [2, 4, 6, 8, 16, 64])
 def test_bfloat16_is_right_at_any_size(channels, size):
     """The library's own convolutions are not, on some processors."""
-    k = 7
-    maps = [random(2, channels, n, n).detach().bfloat16().requires_grad_() for n in (size, size // 2)]
-    weight = random(2 * channels, 2 * channels, k, k).detach().bfloat16().requires_grad_()
-    exact = [x.detach().double().requires_grad_() for x in (weight, *maps)]
-    y, expected = conv2d(weight, *maps, slope=0.01), kernels.plain_conv2d(*exact, slope=0.01)
-    cotangent = torch.randn_like(y)
-    found = torch.autograd.grad(y, (weight, *maps), cotangent)
-    wanted = torch.autograd.grad(expected, exact, cotangent.double())
-    for x, reference in zip((y, *found), (expected, *wanted), strict=True):
+    config = PyramidFlowConfig("none", num_level=2, num_channel=channels, image_size=(size, size))
+    network = AffineParameters(config, 2 * channels, (size, size), 1)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    exact = copy.deepcopy(network).double()
+    network.compute_dtype = torch.bfloat16
+    maps = [random(2, channels, n, n).detach().bfloat16() for n in (size, size // 2)]
+    cotangents = [torch.randn(2, channels, size, size) for _ in range(2)]
+    found, wanted = (gradients(net, maps, cotangents, dtype) for net, dtype in
+                     ((network, torch.float32), (exact, torch.float64)))  # fmt: skip
+    for x, reference in zip(found, wanted, strict=True):
         assert (x - reference).norm() < 0.1 * reference.norm()  # the sign of what is nearly zero counts
+
+
+def gradients(network, maps, cotangents, dtype):
+    """Of both maps and both weights."""
+    maps = [x.to(dtype, memory_format=MEMORY_FORMAT).requires_grad_() for x in maps]
+    outputs = network(*maps)
+    cotangents = [g.to(y.dtype) for g, y in zip(cotangents, outputs, strict=True)]
+    return torch.autograd.grad(outputs, (*maps, *network.parameters()), cotangents)
 
 
 @pytest.mark.usefixtures("way")
@@ -291,7 +302,7 @@ def test_the_two_transforms_of_strips_are_adjoint(kind):
     torch.manual_seed(0)
     by = spectral.strip_basis(kind, 7, torch.float64)
     x = torch.randn(2, 40, 20, 3, dtype=torch.float64)
-    spectrum = spectral.strips_to_spectrum(x, by, by.first)
+    spectrum = spectral.strips_to_spectrum(x, by, by.down)
     assert_adjoint(x, spectrum, spectral.strips_from_spectrum, by)
 
 
@@ -299,7 +310,7 @@ def test_a_spectrum_is_the_fourier_transform_of_the_strips():
     torch.manual_seed(0)
     x = torch.randn(1, 64, 8, 2, dtype=torch.float64)
     by = spectral.strip_basis("input", 7, torch.float64)
-    spectrum, factor = (spectral.strips_to_spectrum(x, by, matrix) for matrix in (by.first, by.second))
+    spectrum, factor = (spectral.strips_to_spectrum(x, by, matrix) for matrix in (by.down, by.factor))
     assert spectrum.shape == (38, 2, 8, 2)
     assert factor.shape == (56, 2, 8, 2)
     second_strip = F.pad(x, (0, 0, 0, 0, 3, 3))[0, 32:70]

@@ -211,6 +211,7 @@ def stopped(data, tmp_path, monkeypatch):
         (["--saveMemory", "true"], "--saveMemory True contradicts"),
         (["--epochs", 2], "the run has 3; give as many, or more"),
         (["--lr", "1e-3"], "--lr 0.001 contradicts"),
+        (["--config", "x.yaml"], "a run keeps its own settings; leave --config out"),
         (["--imageSize", 64], "--imageSize"),
         (["--datapath", "nowhere"], "nowhere is not a folder"),
     ],

@@ -178,9 +178,10 @@ def test_auto_saves_memory_where_activations_would_take_half_of_it(tmp_path, run
         (8, {}),
         (8, {"volume_norm": "SVN"}),
         (4, {"num_stack": 2, "batch": 4}),
-        (4, {"encoder": "resnet18", "image_size": (256, 256)}),
+        (4, {"num_channel": 8}),
+        (4, {"encoder": "resnet18", "image_size": (64, 64)}),
     ],
-    ids=["FNF", "FNF, 8 levels", "SVN", "4 images", "Res18"],
+    ids=["FNF", "FNF, 8 levels", "SVN", "4 images", "8 channels", "Res18"],
 )
 def test_activations_take_what_is_estimated(levels, changes, precision):
     given = {"batch": 2, "encoder": "none", "image_size": (128, 128), "num_level": levels, **changes}
