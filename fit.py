@@ -148,7 +148,7 @@ def add_score_flags(parser: argparse._ActionsContainer) -> None:
         help="--score bank: deviation of a Gaussian over the anomaly map, in its pixels")
     add("--imageScore", choices=("auto", *IMAGE_SCORES), default="auto",
         help="of an image: max, its highest pixel; top, the mean of the highest in a thousand pixels; detail, the "
-        "same of the map's difference to itself, smoothed; auto: max, and with --score bank detail")
+        "same of what a Gaussian of 1 pixel takes away from the map; auto: max, and with --score bank detail")
     add("--mapSize", type=_side, nargs="+", default=[256], metavar="N",
         help="of anomaly maps, and of masks for the metrics: one number, H W, or native, as fine as the finest "
         "level; 256 is the paper's")

@@ -14,7 +14,8 @@ The tables are trained in the official program's precision, torch's default: fp3
 where this machine has NVIDIA GPUs from Ampere on; -- --precision tf32 says so for a cluster's.
 
 Written to --out: <table>/results.csv (a row for each class, seed and choice of the epoch), <table>/table.md,
-and jobs/, whose finished trainings all tables share.  The same command again completes what is missing.
+and jobs/, whose finished trainings all tables share; those of plus are for one --numTemplate.  The same command
+again completes what is missing.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class ScoreOptions:
         whiten: divide the bank's differences by their usual size, for each level and channel.
         smooth: deviation in pixels of a Gaussian over the bank's anomaly maps; 0: none.
         image_score: of an image, "max", its map's highest pixel; "top", the mean of the highest in a thousand;
-            "detail", the same of the map's difference to itself, smoothed; "auto", the score's usual one.
+            "detail", the same of what a Gaussian of `DETAIL` takes away from the map; "auto", the score's usual one.
     """
 
     score: str = "paper"
@@ -393,7 +393,7 @@ def image_scores(maps: Tensor, kind: str, roi: Tensor | None = None) -> Tensor:
     """(B,) of maps (B,H,W), inside of `roi`, bool (H,W).
 
     Args:
-        maps: what is judged; for "detail" that is anomaly maps less themselves, smoothed.
+        maps: what is judged; for "detail" what a Gaussian takes away from anomaly maps.
         kind: one of `IMAGE_SCORES`.
     """
     inside = maps if roi is None else maps.where(roi, -torch.inf)
