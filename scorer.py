@@ -75,7 +75,7 @@ class ScoreOptions:
         whiten: divide the bank's differences by their usual size, for each level and channel.
         smooth: deviation in pixels of a Gaussian over the bank's anomaly maps; 0: none.
         image_score: of an image, "max", its map's highest pixel; "top", the mean of the highest in a thousand;
-            "detail", the same of what a Gaussian of `DETAIL` takes away from the map; "auto", the score's usual one.
+            "detail", the same of what a Gaussian takes away from the map; "auto", the usual one of the score.
     """
 
     score: str = "paper"
