@@ -121,8 +121,10 @@ def test_scale_is_at_least_float32_and_shift_stays_as_it_is():
         assert [y.dtype for y in function(raw, (0, 1))] == [torch.float32, torch.bfloat16, torch.float32]
 
 
+@pytest.mark.parametrize("features", [[], ["AMX"]], ids=str)
 @pytest.mark.parametrize("mean", [(0, 1), (0, 2, 3), "a tensor"], ids=str)
-def test_scale_of_every_bfloat16_is_looked_up_as_it_is_computed(mean):
+def test_scale_of_every_bfloat16_is_looked_up_as_it_is_computed(mean, features, monkeypatch):
+    monkeypatch.setattr(kernels, "cpu_features", lambda: features)
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     values = bits.view(torch.bfloat16)
     values = torch.where(values.isfinite(), values, torch.zeros_like(values)).view(1, 16, 64, 64)
