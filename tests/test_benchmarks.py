@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import kernels
 import scorer
 from benchmarks import autoflow, compare, measuring, memory, speed
 from benchmarks.measuring import CHAINS, AllocationRecorder
@@ -201,7 +202,8 @@ def test_an_epoch_by_its_parts(tmp_path, run_main, monkeypatch):
             assert parts[-1] == pytest.approx(sum(parts[:-1]), abs=0.03)
 
 
-def test_precisions_on_a_trained_state(tmp_path, run_main, trained):
+def test_precisions_on_a_trained_state(tmp_path, run_main, trained, monkeypatch):
+    monkeypatch.setattr(kernels, "convolution_dtype", lambda asked, *_: asked)  # however few channels there are
     flags = ["--checkpoint", trained.checkpoint, "--datapath", trained.data, "--gpu", "cpu"]
     code, _, err = run_main(speed.main, ["precision", *flags, "--out", tmp_path])
     assert code == 0, err

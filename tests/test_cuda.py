@@ -94,7 +94,8 @@ def test_parity_with_the_official_program(path, precision, save_memory, device):
         errors = parity_errors(official, model, device, order)
     for name, error in errors.items():
         assert error < tolerances[name.startswith("grad")], (name, error)
-    assert (max(errors.values()) > 1e-4) == (precision != "fp32")  # that is what it computes in
+    rounds = {"fp32": False, "tf32": True, "bf16": device.type != "cpu" or model.config.channels >= 16}
+    assert (max(errors.values()) > 1e-4) == rounds[precision]  # that is what it computes in
 
 
 def parity_errors(official: dict, model: PyramidFlow, device: torch.device, order: float) -> dict[str, float]:
