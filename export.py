@@ -211,7 +211,8 @@ class Graph(nn.Module):
         for axis, size in enumerate(scorer.config.level_size(0)):
             self.register_buffer(f"resize{axis}", _resizing(size, scorer.map_size[axis]))
             self.register_buffer(f"smooth{axis}", _smoothing(axis, scorer.map_size, scorer.smooth))
-            self.register_buffer(f"around{axis}", _smoothing(axis, scorer.map_size, DETAIL))
+            around = DETAIL if scorer.image_score == "detail" else 0.0
+            self.register_buffer(f"around{axis}", _smoothing(axis, scorer.map_size, around))
 
     def forward(
         self, image: Tensor, image_threshold: Tensor, pixel_threshold: Tensor, roi: Tensor

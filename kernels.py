@@ -74,9 +74,10 @@ class _ScaleAndShift(torch.autograd.Function):
         else:
             for into, part in _strips(scale, raw):
                 s0 = part[..., :channels]
-                into.copy_(_look_up(_log_scales(), s0) if in_table else s0)
-                if not in_table:
-                    _log_scale_(into)
+                if in_table:
+                    into.copy_(_look_up(_log_scales(), s0))
+                else:
+                    _log_scale_(into.copy_(s0))
             if ctx.dims:
                 mean = _mean_over(ctx.dims, scale)
             for into, mean_part in _strips(scale, mean):
@@ -338,8 +339,8 @@ def conv2d(
     part = None
     if upsampled is not None:
         kernel = kernel_of_upsampled(other)
-        own_slope = slope if x is None else 1.0
-        part = _convolution(upsampled, kernel, None, 2, kernel.shape[-1] // 2 - 1, True, own_slope)
+        padding, last = kernel.shape[-1] // 2 - 1, x is None
+        part = _convolution(upsampled, kernel, None, 2, padding, True, slope if last else 1.0)
         if stride > 1:  # else no view: gradients of views that are changed in place are copied
             part = part[:, :, ::stride, ::stride]
     return part if x is None else _convolution(x, own, part, stride, own.shape[-1] // 2, False, slope)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import kernels
 from autoFlow import CouplingModule, LogDets, SequentialNet, SequentialNF, Tensors
-from util import size_text
+from util import is_dense, size_text
 
 ENCODERS = ("none", "resnet18", "resnet34")
 ENCODER_BNS = ("batch", "frozen")
@@ -203,7 +203,7 @@ def load_encoder_weights(model: PyramidFlow, state_dict: dict[str, Tensor]) -> N
             continue  # files from before 2018 lack it, and nothing reads it
         if name not in state_dict:
             raise ValueError(f"no entry {name}")
-        if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_meta or x.is_quantized:
+        if not is_dense(x):
             raise ValueError(f"entry {name} is not a tensor")
         if x.shape != own[ours].shape:
             shapes = f"{tuple(x.shape)}, {encoder} needs {tuple(own[ours].shape)}"

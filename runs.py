@@ -30,7 +30,7 @@ import util
 from dataset import AnomalyClass, Images, TestImage
 from metrics import METRICS, TABLE_METRICS, GroundTruth, Metrics, metric_labels, result_table
 from model import PyramidFlow, PyramidFlowConfig, coupling_schedule, load_encoder_weights
-from scorer import LAST_FILE, Scorer, TestSet, left_out_factor, load_checkpoint, save_checkpoint
+from scorer import LAST_FILE, Scorer, TestSet, left_out_factor, load_checkpoint, read_tensor, save_checkpoint
 from util import Clock, DivergedError, InputError, Interrupted
 from verdict import Scored, named_thresholds
 
@@ -99,9 +99,7 @@ def check_moments(model: PyramidFlow, stored: dict) -> None:
     for index, moments in stored["state"].items():
         wanted = {"exp_avg": shapes[index], "exp_avg_sq": shapes[index], "step": ()}
         for name, shape in wanted.items():
-            x = moments[name]
-            if x.shape != shape or x.dtype != torch.float32 or x.layout != torch.strided:
-                raise ValueError(name)
+            read_tensor(moments[name], shape, torch.float32, name)
 
 
 def load_state(folder: Path) -> dict:

@@ -37,6 +37,7 @@ from util import (
     choose_precision,
     free_memory,
     gather,
+    is_dense,
     load_tensors,
     progress,
     save_tensors,
@@ -780,8 +781,7 @@ def read_model(config: PyramidFlowConfig, state_dict: dict[str, Tensor]) -> Pyra
 
 def read_tensor(x: object, shape: Sequence[int], dtype: torch.dtype, name: str) -> Tensor:
     """A dense, finite tensor of that shape and dtype."""
-    require(isinstance(x, Tensor) and x.layout == torch.strided, f"{name} is not a tensor")
-    require(x.device.type != "meta" and not x.is_quantized, f"{name} is not a tensor")
+    require(is_dense(x), f"{name} is not a tensor")
     same = tuple(x.shape) == tuple(shape) and x.dtype == dtype
     require(same, f"{name} has shape {tuple(x.shape)}, not {tuple(shape)}")
     enough = x.numel() * x.element_size() <= x.untyped_storage().nbytes()

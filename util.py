@@ -639,6 +639,11 @@ def save_tensors(path: Path, content: dict) -> None:
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
+def is_dense(x: object) -> bool:
+    """Whether it is a tensor that has its numbers side by side in memory, as they are."""
+    return isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta and not x.is_quantized
+
+
 def load_tensors(path: Path, device: torch.device | str = "cpu") -> object:
     """`torch.load` of tensors and plain values only; nothing in the file is executed.
 
