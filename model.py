@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 import kernels
@@ -179,7 +178,9 @@ def _build_stem(config: PyramidFlowConfig) -> nn.Module:
         stem = nn.Conv2d(3, config.channels, 1, bias=False)
         nn.init.orthogonal_(stem.weight)
         return stem
-    net = getattr(torchvision.models, config.encoder)(weights=None)
+    from torchvision import models  # here: importing it takes as long as all else together
+
+    net = getattr(models, config.encoder)(weights=None)
     return nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1)
 
 

@@ -17,7 +17,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor
 from tqdm import tqdm
 
@@ -540,7 +539,9 @@ def download_encoder_weights(encoder: str) -> dict[str, Tensor]:
     Raises:
         InputError: no network, or a damaged file.
     """
-    weights = torchvision.models.get_model_weights(encoder).IMAGENET1K_V1
+    from torchvision import models  # see model.py
+
+    weights = models.get_model_weights(encoder).IMAGENET1K_V1
     interactive = sys.stderr is not None and sys.stderr.isatty()
     try:
         return weights.get_state_dict(progress=interactive, check_hash=True, weights_only=True)

@@ -17,12 +17,12 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor
 
 import kernels
@@ -411,8 +411,10 @@ def gaussian(maps: Tensor, deviation: float) -> Tensor:
     """Maps (B,H,W), smoothed; reflected at the border."""
     if not deviation:
         return maps
+    from torchvision.transforms.functional import gaussian_blur  # see model.py
+
     size = 2 * min(int(4 * deviation + 0.5), *(n - 1 for n in maps.shape[-2:])) + 1
-    return torchvision.transforms.functional.gaussian_blur(maps, [size, size], [deviation] * 2)
+    return gaussian_blur(maps, [size, size], [deviation] * 2)
 
 
 def latents_of(model: PyramidFlow, images: Tensor) -> Tensors:
@@ -698,7 +700,7 @@ def find_checkpoint(path: Path | str) -> Path:
 
 def save_checkpoint(path: Path, content: dict) -> None:
     """`util.save_tensors`, with format, version and library versions."""
-    versions = {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
+    versions = {"torch": str(torch.__version__), "torchvision": metadata.version("torchvision")}
     save_tensors(path, {"format": FORMAT, "version": VERSION, "versions": versions, **content})
 
 

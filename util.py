@@ -22,13 +22,13 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
+from importlib import metadata
 from pathlib import Path
 from typing import IO, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -288,7 +288,7 @@ def describe_environment(device: torch.device) -> list[str]:
     features = ", ".join(cpu_features()) or "neither AVX-512 nor AMX"
     lines = [
         f"python {platform.python_version()}, torch {torch.__version__}, "
-        f"torchvision {torchvision.__version__}, numpy {np.__version__}",
+        f"torchvision {metadata.version('torchvision')}, numpy {np.__version__}",
         f"cpu {cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {features}, {platform.system()}",
     ]
     if device.type == "cuda":

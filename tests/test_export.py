@@ -27,11 +27,11 @@ onnxruntime = pytest.importorskip("onnxruntime")
 def make_scorer(encoder="none", volume_norm="CVN", num_level=2, options=None, **changes):
     """With weights and statistics that are not the trivial ones of an untrained model."""
     torch.manual_seed(0)
-    side = 2 ** (num_level - 1) * (1 if encoder == "none" else 4)
+    side = max(2 ** (num_level - 1) * (1 if encoder == "none" else 4), 32)
     config = PyramidFlowConfig(
         **{
             "encoder": encoder, "num_level": num_level, "num_stack": 1, "num_channel": 4, "kernel_size": 3,
-            "volume_norm": volume_norm, "image_size": (max(side, 32), 2 * max(side, 32)), **changes,
+            "volume_norm": volume_norm, "image_size": (side, min(2 * side, 512)), **changes,
         }
     )  # fmt: skip
     model = PyramidFlow(config)
@@ -44,6 +44,20 @@ def make_scorer(encoder="none", volume_norm="CVN", num_level=2, options=None, **
     scorer = Scorer.fit(model, images, options, class_name="widget")
     scorer.metrics = {"pixel_threshold": 0.5, "image_threshold": 0.6}
     return scorer
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The scorer that `make_scorer` makes unless asked for more, and its .onnx file, not to be changed."""
+    scorer, path = make_scorer(), tmp_path_factory.mktemp("exported") / "a.onnx"
+    export_onnx(scorer, path)
+    return scorer, path
+
+
+@pytest.fixture
+def onnx_file(exported, tmp_path):
+    """A copy of that file."""
+    return Path(shutil.copy(exported[1], tmp_path))
 
 
 def assert_same_maps(scorer, path):
@@ -59,9 +73,17 @@ def assert_same_maps(scorer, path):
         assert (scores - expected.scores).abs().max() < 1e-4 * expected.scores.max()
 
 
-@pytest.mark.parametrize("num_level", [2, 4, 8])
-@pytest.mark.parametrize("volume_norm", ["CVN", "SVN"])
-@pytest.mark.parametrize("encoder", ["none", "resnet18"])
+@pytest.mark.parametrize(  # each two of the three together
+    ("encoder", "volume_norm", "num_level"),
+    [
+        ("none", "CVN", 2),
+        ("none", "SVN", 4),
+        ("none", "CVN", 8),
+        ("resnet18", "SVN", 2),
+        ("resnet18", "CVN", 4),
+        ("resnet18", "SVN", 8),
+    ],
+)
 def test_onnxruntime_gives_the_same_maps_for_any_batch(tmp_path, encoder, volume_norm, num_level):
     assert_same_maps(make_scorer(encoder, volume_norm, num_level), tmp_path / "a.onnx")
 
@@ -80,10 +102,9 @@ def test_maps_that_have_the_masks_size_already(tmp_path):
     assert_same_maps(scorer, tmp_path / "a.onnx")
 
 
-def test_the_file_alone_is_enough(tmp_path):
+def test_the_file_alone_is_enough(exported):
     """Inputs, outputs and metadata are as export.py says, for programs that know nothing of this one."""
-    export_onnx(make_scorer(), tmp_path / "a.onnx")
-    session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"))
+    session = onnxruntime.InferenceSession(str(exported[1]))
     (image,) = session.get_inputs()
     assert (image.name, image.type, image.shape[1:]) == ("image", "tensor(uint8)", [32, 64, 3])
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 64, 3), dtype=np.uint8)
@@ -91,7 +112,7 @@ def test_the_file_alone_is_enough(tmp_path):
     assert np.array_equal(score, anomaly.max(axis=(1, 2)))
     about = json.loads(session.get_modelmeta().custom_metadata_map["pyramidflow"])
     assert about["class"] == "widget"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.onnx"]
+    assert [p.name for p in exported[1].parent.iterdir()] == ["a.onnx"]
 
 
 def test_metrics_and_thresholds_travel_along(tmp_path):
@@ -154,10 +175,9 @@ def test_the_graph_decides(tmp_path, options):
     np.testing.assert_allclose(scores, expected, rtol=1e-4)
 
 
-def test_thresholds_are_readable_without_json(tmp_path):
-    scorer = make_scorer()
-    export_onnx(scorer, tmp_path / "a.onnx")
-    metadata = session_of(tmp_path / "a.onnx").get_modelmeta().custom_metadata_map
+def test_thresholds_are_readable_without_json(exported):
+    scorer, path = exported
+    metadata = session_of(path).get_modelmeta().custom_metadata_map
     thresholds = scorer.calibration.thresholds()
     assert float(metadata["image_threshold"]) == thresholds.image
     assert float(metadata["pixel_threshold"]) == thresholds.pixel
@@ -230,11 +250,12 @@ def test_without_scores_of_good_images_the_export_needs_a_threshold(tmp_path):
 
 
 @pytest.mark.parametrize("any_image_size", [False, True])
-def test_the_sample_in_docs_needs_nothing_of_this_program(tmp_path, any_image_size):
-    scorer, sample = make_scorer(), Path(export.__file__).parent / "docs" / "onnx_sample.py"
+def test_the_sample_in_docs_needs_nothing_of_this_program(exported, onnx_file, tmp_path, any_image_size):
+    scorer, sample = exported[0], Path(export.__file__).parent / "docs" / "onnx_sample.py"
     assert len(sample.read_text(encoding="utf-8").splitlines()) <= 60
     shutil.copy(sample, tmp_path)
-    export_onnx(scorer, tmp_path / "a.onnx", any_image_size=any_image_size)
+    if any_image_size:
+        export_onnx(scorer, onnx_file, any_image_size=True)
     image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     Image.fromarray(image).save(tmp_path / "image.png")
     command = [sys.executable, "-I", "onnx_sample.py", "a.onnx", "image.png"]
@@ -289,11 +310,9 @@ def test_another_file_is_refused(tmp_path, run_main, content):
     assert_refused(run_main, tmp_path / "a.onnx")
 
 
-def test_a_flipped_bit_is_refused(tmp_path, run_main):
+def test_a_flipped_bit_is_refused(onnx_file, run_main):
     """Wherever it is: in a weight it would change scores without a word."""
-    path = tmp_path / "a.onnx"
-    export_onnx(make_scorer(), path)
-    whole = path.read_bytes()
+    path, whole = onnx_file, onnx_file.read_bytes()
     places = np.random.default_rng(0).integers(0, len(whole), 30).tolist()
     for place in (*places, 0, len(whole) - 1, len(whole) - 70, whole.index(b"pixel_threshold") + 18):
         damaged = bytearray(whole)
@@ -305,14 +324,12 @@ def test_a_flipped_bit_is_refused(tmp_path, run_main):
         assert_refused(run_main, path)
 
 
-def test_a_file_that_onnx_wrote_again_is_still_the_model(tmp_path):
-    path = tmp_path / "a.onnx"
-    export_onnx(make_scorer(), path)
-    onnx.save(onnx.load(path), tmp_path / "b.onnx")
+def test_a_file_that_onnx_wrote_again_is_still_the_model(onnx_file, tmp_path):
+    onnx.save(onnx.load(onnx_file), tmp_path / "b.onnx")
     images = torch.zeros(1, 32, 64, 3, dtype=torch.uint8)
     maps = [OnnxScorer(tmp_path / name).score(images).maps for name in ("a.onnx", "b.onnx")]
     assert torch.equal(*maps)
-    onnx.checker.check_model(path)
+    onnx.checker.check_model(onnx_file)
 
 
 def sealed(proto):
@@ -345,14 +362,12 @@ def with_metadata(proto, **changes):
         {"roi": True},
     ],
 )
-def test_metadata_that_do_not_fit_the_graph_are_refused(tmp_path, run_main, changes):
-    path = tmp_path / "a.onnx"
-    export_onnx(make_scorer(), path)
-    proto = onnx.load(path)
+def test_metadata_that_do_not_fit_the_graph_are_refused(onnx_file, run_main, changes):
+    proto = onnx.load(onnx_file)
     del proto.metadata_props[-1]
     with_metadata(proto, **changes)
-    path.write_bytes(sealed(proto))
-    assert_refused(run_main, path)
+    onnx_file.write_bytes(sealed(proto))
+    assert_refused(run_main, onnx_file)
 
 
 def foreign(inputs, outputs):
@@ -383,10 +398,8 @@ def test_foreign_models_end_in_one_line(tmp_path, run_main, trained):
     assert "onnxruntime cannot run" in err
 
 
-def test_weights_in_another_file_are_refused(tmp_path, run_main):
-    path = tmp_path / "a.onnx"
-    export_onnx(make_scorer(), path)
-    proto = onnx.load(path)
+def test_weights_in_another_file_are_refused(onnx_file, tmp_path, run_main):
+    path, proto = onnx_file, onnx.load(onnx_file)
     del proto.metadata_props[-1]
     onnx.save(proto, path, save_as_external_data=True, location="weights", size_threshold=0)
     assert (tmp_path / "weights").exists()
@@ -402,12 +415,10 @@ def test_a_bank_too_large_for_the_format_is_named(tmp_path):
         export_onnx(scorer, tmp_path / "a.onnx")
 
 
-def test_an_onnx_file_has_no_image_template_and_a_fixed_precision(tmp_path, run_main):
-    path = tmp_path / "a.onnx"
-    export_onnx(make_scorer("none", "SVN", 2), path)
-    code, _, err = run_main(predict.main, [path, "--template", tmp_path / "t.png"])
+def test_an_onnx_file_has_no_image_template_and_a_fixed_precision(onnx_file, tmp_path, run_main):
+    code, _, err = run_main(predict.main, [onnx_file, "--template", tmp_path / "t.png"])
     assert code == 2
     assert "holds no inverse" in err
-    assert_refused_flag = run_main(predict.main, [path, tmp_path, "--precision", "fp32"])
+    assert_refused_flag = run_main(predict.main, [onnx_file, tmp_path, "--precision", "fp32"])
     assert assert_refused_flag[0] == 2
     assert "the precision it was exported in" in assert_refused_flag[2]
