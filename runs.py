@@ -88,7 +88,7 @@ class State:
             self.epoch = stored["epoch"]
             self.rows = [{**dict.fromkeys(names), **row} for row in stored["rows"]]
             torch.set_rng_state(stored["random_state"])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError):
             raise InputError("--resume: the state does not fit its settings; start again") from None
 
 

@@ -280,6 +280,10 @@ def wrong_moments(content):
     content["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1000)
 
 
+def moments_of_no_parameter(content):
+    content["optimizer"]["state"][1000] = content["optimizer"]["state"][0]
+
+
 def wrong_type(content):
     content["epoch"] = "1"
 
@@ -292,7 +296,7 @@ def no_random_state(content):
     content["random_state"] = torch.zeros(3)
 
 
-@pytest.mark.parametrize("change", [wrong_moments, wrong_type, wrong_flag, no_random_state])
+@pytest.mark.parametrize("change", [wrong_moments, moments_of_no_parameter, wrong_type, wrong_flag, no_random_state])
 def test_a_crafted_state_is_refused(stopped, run_main, change):
     content = load_checkpoint(stopped / "state.pt")
     change(content)
