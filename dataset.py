@@ -498,7 +498,7 @@ def _open_realiad_class(datapath: Path, name: str) -> AnomalyClass:
                         raise ValueError(f"{given} is not in {datapath / name}")
                 mask = datapath / name / mask if mask else None
                 images.append(TestImage(datapath / name / row["image_path"], kind, mask, False))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise InputError(f"cannot read {path} ({reason}); unpack Real-IAD again") from None
     if any(image.defective for image in parts["train"]):

@@ -314,7 +314,7 @@ class Scorer(Inspector):
             raise InputError(f"{path} is what --resume needs; choose last.pt beside it")
         try:
             scorer = cls._from_content(content)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else shortened(str(error))
             message = f"{path} is damaged ({reason}); use another checkpoint, or train again"
             raise InputError(message) from None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import figures
 import train
 from dataset import read_image
 from util import run_script
@@ -72,6 +73,14 @@ class Pictures:
 SMALL = ["--cls", "widget", "--encoder", "none", "--imageSize", 32, "--numLayer", 2, "--numStack", 1,
          "--numChannel", 4, "--kernelSize", 3, "--epochs", 2, "--gpu", "cpu", "--numWorkers", 2,
          "--precision", "fp32"]  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_panels():
+    """They take longer than the trainings do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "PANELS_PER_KIND", 1)
+        yield
 
 
 @dataclass

@@ -21,6 +21,11 @@ pytestmark = pytest.mark.filterwarnings("error")
 SIZE = 32
 
 
+@pytest.fixture(autouse=True)
+def as_many_panels_as_in_use(few_panels, monkeypatch):
+    monkeypatch.setattr(figures, "PANELS_PER_KIND", 3)
+
+
 def make_test_set(kinds, names=None, masks=True):
     """A few gray images whose defect is a square, and maps that find it."""
     rng = np.random.default_rng(0)

@@ -296,7 +296,9 @@ def no_random_state(content):
     content["random_state"] = torch.zeros(3)
 
 
-@pytest.mark.parametrize("change", [wrong_moments, moments_of_no_parameter, wrong_type, wrong_flag, no_random_state])
+@pytest.mark.parametrize(
+    "change", [wrong_moments, moments_of_no_parameter, wrong_type, wrong_flag, no_random_state]
+)
 def test_a_crafted_state_is_refused(stopped, run_main, change):
     content = load_checkpoint(stopped / "state.pt")
     change(content)
