@@ -6,6 +6,8 @@ WORKDIR /app
 COPY requirements.txt ./
 RUN pip install --no-cache-dir --requirement requirements.txt
 COPY *.py *.j2 ./
+COPY benchmarks benchmarks
+COPY tools tools
 COPY paper_tables paper_tables
 USER user
 ENTRYPOINT ["python"]

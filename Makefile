@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip
 QUIET := >/dev/null 2>&1
-# Threads that wait for each other soon make room for other programs (README, "When something goes wrong").
+# Threads that wait for each other soon make room for other programs (docs/troubleshooting.md).
 export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: demo test clean

@@ -68,6 +68,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 CACHES = ("auto", "ram", "none")
 MEMORY_SHARE = 1 / 4  # of the free memory that images take without being told to
+MOST_NODES = 10_000  # values in a file of --augment
 MOST_IN_FLIGHT = 2**30  # bytes of decoded images that wait to be used, or one image if that is larger
 WORKING_COPIES = 2  # of an image, while it is decoded, converted and resized
 
@@ -160,16 +161,15 @@ def open_class(
     elif dataset == "realiad":
         data = _open_realiad_class(datapath, name)
     else:
-        data = _open_folder(datapath / name, GOOD_FOLDERS[dataset], need_test)
-    if not data.train and need_train:
-        raise InputError(
-            f"no training images of class {name} in {datapath} (layout {dataset}); put good images there"
-        )
+        data = _open_folder(datapath / name, GOOD_FOLDERS[dataset])
+    for part, images, needed in (("training", data.train, need_train), ("test", data.test, need_test)):
+        if needed and not images:
+            raise InputError(f"no {part} images of class {name} in {datapath} (layout {dataset}); put some there")
     data.warnings.extend([*copies(data), *nearly_black(data.train)])
     return data
 
 
-def _open_folder(folder: Path, good: str, need_test: bool) -> AnomalyClass:
+def _open_folder(folder: Path, good: str) -> AnomalyClass:
     """A class in MVTec's layout, or one of its kin."""
     _check_case(folder, ("train", *TEST_FOLDERS, "ground_truth"))
     train = folder / "train" / good
@@ -177,10 +177,7 @@ def _open_folder(folder: Path, good: str, need_test: bool) -> AnomalyClass:
     public = test_folder.name != "test"
     _check_case(test_folder, (good, "ground_truth"))
     test = _list_test(test_folder, (test_folder if public else folder) / "ground_truth", good)
-    if need_test and not test:
-        raise InputError(f"no test images in {test_folder}; it needs folders such as {good}/ and a defect's")
-    folders = {train, *(image.path.parent for image in test)}
-    data = AnomalyClass(folder.name, list_images(train), test, skipped_files(folders))
+    data = AnomalyClass(folder.name, list_images(train), test, skipped_files([train, *_kinds(test_folder)]))
     if public:
         data.warnings.append("MVTec AD 2 takes PRO up to a rate of 0.05; --proLimit 0.05 does so, too")
     return data
@@ -379,11 +376,16 @@ def _visible(path: Path) -> bool:
 
 
 def _list_test(test_folder: Path, mask_folder: Path, good: str) -> list[TestImage]:
-    kinds = sorted(filter(_visible, test_folder.iterdir())) if test_folder.is_dir() else []
-    kinds = [kind for kind in kinds if kind != mask_folder]
+    kinds = _kinds(test_folder)
     images = [image for kind in kinds for image in _list_kind(kind, mask_folder / kind.name, good)]
     _check_masks(images, mask_folder)
     return images
+
+
+def _kinds(test_folder: Path) -> list[Path]:
+    """The folders of test images, of masks none."""
+    inside = sorted(filter(_visible, test_folder.iterdir())) if test_folder.is_dir() else []
+    return [path for path in inside if path.is_dir() and path.name != "ground_truth"]
 
 
 def _list_kind(folder: Path, mask_folder: Path | None, good: str, kind: str | None = None) -> list[TestImage]:
@@ -446,8 +448,6 @@ def _open_visa_class(datapath: Path, name: str) -> AnomalyClass:
             mask = datapath / row["mask"] if row["mask"] and kind != "good" else None
             test.append(TestImage(datapath / row["image"], kind, mask, mask_is_binary=False))
     test.sort(key=lambda image: (image.kind, image.path))
-    if not test:
-        raise InputError(f"no test images of class {name} in {datapath / VISA_SPLIT}; unpack VisA again")
     for path in [*train, *(p for image in test for p in (image.path, image.mask) if p)]:
         if not path.is_file():
             raise InputError(f"{path}, named in {datapath / VISA_SPLIT}, does not exist; unpack VisA again")
@@ -474,13 +474,16 @@ def _read_visa_split(datapath: Path) -> list[dict[str, str]]:
                 f"{path} has the split {row['split']!r}, which is neither train nor test; unpack VisA again"
             )
         names, paths = (row["object"], row["label"]), (row["image"], row["mask"])
-        if any(set(name) & set("/\\") or name in ("", ".", "..") for name in names) or any(
-            Path(p).is_absolute() or ".." in Path(p).parts for p in paths
-        ):
+        if not all(map(_is_name, names)) or any(Path(p).is_absolute() or ".." in Path(p).parts for p in paths):
             raise InputError(f"{path} names files outside of {datapath}: {row}; unpack VisA again")
         if row["split"] == "train" and row["label"] != "normal":
             raise InputError(f"{path} has a defective training image, {row['image']}; unpack VisA again")
     return rows
+
+
+def _is_name(given: object) -> bool:
+    """Whether it can be the name of a folder, inside of another."""
+    return isinstance(given, str) and not set(given) & set("/\\\0") and given not in ("", ".", "..")
 
 
 def _open_realiad_class(datapath: Path, name: str) -> AnomalyClass:
@@ -489,7 +492,9 @@ def _open_realiad_class(datapath: Path, name: str) -> AnomalyClass:
         content = json.loads(path.read_text(encoding="utf-8"))
         for part, images in parts.items():
             for row in content[part]:
-                kind = "good" if row["anomaly_class"] == "OK" else str(row["anomaly_class"])
+                kind = "good" if row["anomaly_class"] == "OK" else row["anomaly_class"]
+                if not _is_name(kind):
+                    raise ValueError(f"{kind!r:.100} is no name of a defect")
                 mask = row["mask_path"] if kind != "good" else None
                 for given in filter(None, (row["image_path"], mask)):
                     if Path(given).is_absolute() or ".." in Path(given).parts:
@@ -744,7 +749,7 @@ def evaluation_order(indices: Iterable[int], batch_size: int) -> list[Tensor]:
 
 
 def look_ahead(
-    function: Callable, items: Iterable, depth: int = 2, num_workers: int = 1,
+    function: Callable, items: Iterable, depth: int, num_workers: int = 1,
     num_bytes: Callable[[object], int] = lambda item: 0,
 ) -> Iterator:  # fmt: skip
     """function(item) for every item in order, computed in threads up to `depth` items before asked for.
@@ -859,6 +864,7 @@ def _load_pipeline(path: Path):
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+        _check_size(content)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice, and parameters, which are checked
             _check_transform(content.get("transform") if isinstance(content, dict) else None, library)
@@ -867,6 +873,16 @@ def _load_pipeline(path: Path):
     except Exception as error:  # the parsers and the library raise nearly anything
         raise _augment_error(path, error) from None
     return pipeline
+
+
+def _check_size(content: object) -> None:
+    """Raise a ValueError if it is endless, as references from a yaml file to itself can make it."""
+    pending, count = [content], 0
+    while pending:
+        node, count = pending.pop(), count + 1
+        if count > MOST_NODES:
+            raise ValueError(f"holds more than {MOST_NODES} values")
+        pending += node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ()
 
 
 def _check_transform(node: object, library: ModuleType) -> None:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from dataset import MASK_SIZE
 from fit import add_checkpoint
 from scorer import DETAIL, LARGEST, Scorer, gaussian, image_scores, latents_of, read_metrics
-from util import InputError, Parser, atomic_path, run_script
+from util import InputError, Parser, atomic_path, check_writable, first_line, run_script
 from verdict import (
     Calibration,
     Inspector,
@@ -61,6 +61,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.exists():
         raise InputError(f"{args.out} exists; choose a new file")
+    if args.out.suffix.lower() != ".onnx":
+        raise InputError(f"{args.out} does not end in .onnx, by which predict.py knows such a file; add it")
+    check_writable(args.out.parent, "the folder of OUT.onnx,")
     scorer = Scorer.load(args.checkpoint, "cpu", "fp32")
     export_onnx(scorer, args.out, thresholds_of_flags(args, scorer), args.anyImageSize)
     print(f"written to {args.out}: {args.out.stat().st_size / 2**20:.1f} MiB")
@@ -274,7 +277,7 @@ class OnnxScorer(Inspector):
     """An exported model, run by onnxruntime, with the interface of `scorer.Scorer`.
 
     Attributes:
-        class_name, image_size, map_size, roi, metrics, calibration: as in `scorer.Scorer`.
+        class_name, image_size, map_size, roi, metrics, calibration, device: as in `scorer.Scorer`.
 
     Raises:
         InputError: onnxruntime is missing, or the file is not what `export_onnx` wrote.
@@ -294,6 +297,7 @@ class OnnxScorer(Inspector):
         self._path = path
         try:
             data = _check_digest(path.read_bytes())
+            self.device = torch.device(device if len(providers) > 1 else "cpu")
             again = int(len(providers) > 1)  # else a second attempt is the same, and announced on stdout
             self._session = onnxruntime.InferenceSession(data, options, providers=providers, enable_fallback=again)
             about = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA_KEY])
@@ -315,16 +319,19 @@ class OnnxScorer(Inspector):
             roi: bool (H,W), where scores are taken; None: everywhere.
 
         Raises:
-            InputError: onnxruntime cannot run the model.
+            InputError: onnxruntime cannot run the model, or it gives something else.
         """
         try:
             given = {"image": images.numpy()} | ({} if roi is None else {"roi": roi.numpy()})
             maps, scores = self._session.run(["anomaly_map", "score"], given)
         except Exception as error:  # of its own kinds, such as too little memory
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"onnxruntime cannot run {self._path} ({reason}); use a smaller --batchSize, or the .pt file"
+                f"onnxruntime cannot run {self._path} ({first_line(error)}); use a smaller --batchSize, or the "
+                ".pt file"
             ) from None
+        shapes = (len(images), *self.map_size), (len(images),)
+        if any(x.dtype != np.float32 or x.shape != shape for x, shape in zip((maps, scores), shapes, strict=True)):
+            raise InputError(f"{self._path} gives other maps or scores than export.py's models; export it again")
         return Scored(torch.from_numpy(maps), torch.from_numpy(scores))
 
 

@@ -101,9 +101,11 @@ def _example_name(path: Path) -> str:
 
 def file_name(name: str) -> str:
     """Give a name that any file system takes: itself, or what can be kept of it and a digest."""
-    printable = "".join(c for c in name if c.isprintable())  # neither line breaks nor what is not UTF-8
-    kept = printable.encode()[:NAME_BYTES].decode(errors="ignore")
-    return kept if kept == name else f"{kept}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+    usual = "".join(c for c in name if c.isprintable() and c not in "/\\")  # no line breaks, and UTF-8
+    kept = usual.encode()[:NAME_BYTES].decode(errors="ignore")
+    if kept == name and name not in ("", ".", ".."):
+        return name
+    return f"{kept}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
 
 
 def save_panel(
@@ -198,9 +200,13 @@ def save_roc_and_pro(
 
 def _plot(axes: Axes, x: Tensor | np.ndarray, y: Tensor | np.ndarray, label: str, **options) -> None:
     """Draw a curve of any number of points, thinned out."""
-    chosen = np.unique(np.linspace(0, len(x) - 1, CURVE_POINTS).astype(int))
-    x, y = (torch.as_tensor(values).cpu().numpy()[chosen] for values in (x, y))
-    axes.plot(x, y, label=label, **options)
+    axes.plot(*thinned(CURVE_POINTS, x, y), label=label, **options)
+
+
+def thinned(count: int, *curve: Tensor | np.ndarray) -> list[np.ndarray]:
+    """So many points of a curve, evenly chosen."""
+    chosen = np.unique(np.linspace(0, len(curve[0]) - 1, count).astype(int))
+    return [torch.as_tensor(values).cpu().numpy()[chosen] for values in curve]
 
 
 def save_curves(path: Path, rows: list[dict], pro_limit: float = PRO_LIMIT) -> None:

@@ -25,7 +25,7 @@ import torch
 import train
 from metrics import METRICS
 from runs import RESULT_FILE, STATE_FILE
-from util import InputError, lock, run_script
+from util import InputError, first_line, lock, run_script
 
 ROOT = Path(__file__).parent
 ATTEMPTS = 2
@@ -250,13 +250,13 @@ def slurm(options: dict[str, str], folder: Path) -> Callable:
         executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
         executor.update_parameters(**slurm_parameters(options))
     except (RuntimeError, NameError, TypeError, ValueError) as error:
-        raise InputError(f"--slurm: {str(error).splitlines()[0]}") from None
+        raise InputError(f"--slurm: {first_line(error)}") from None
 
     def submit(job: Job, _):
         try:
             return executor.submit(Training(job.command()))
         except submitit.core.utils.FailedJobError as error:
-            raise InputError(f"--slurm: {str(error).splitlines()[0]}") from None
+            raise InputError(f"--slurm: {first_line(error)}") from None
 
     return submit
 

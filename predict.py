@@ -45,6 +45,7 @@ from util import (
     StopSignals,
     add_running_flags,
     atomic_path,
+    choose_precision,
     lock,
     progress,
     run_script,
@@ -82,7 +83,7 @@ def main() -> None:
         thresholds, roi = thresholds_of_flags(args, scorer), scorer.region(args.roi)
         number, count = args.shard
         items = find_images(args.images)[number - 1 :: count]
-        results = Results(args.out, describe(args, items), args.resume)
+        results = Results(args.out, describe(args, items, scorer, device), args.resume)
     if template is not None:
         write_template(template, args.template)
     if not args.images:
@@ -238,7 +239,7 @@ def _images_below(root: Path) -> list[Path]:
 def _folders_below(root: Path) -> Iterator[Path]:
     """The folder and all below that are visible: each once, also where links lead to it; no results of ours."""
     seen = set()
-    for name, inside, _ in os.walk(root, followlinks=True):
+    for name, inside, _ in os.walk(root, onerror=_cannot_read, followlinks=True):
         folder, real = Path(name), os.path.realpath(name)
         if real in seen or (folder / MARKER).is_file():
             inside.clear()
@@ -249,9 +250,16 @@ def _folders_below(root: Path) -> Iterator[Path]:
         yield folder
 
 
+def _cannot_read(error: OSError) -> None:
+    raise InputError(f"cannot read {error.filename} ({error.strerror}); change that, or give other folders")
+
+
 def _free_name(relative: Path, taken: set[str]) -> Path:
     """A name without suffix that is not taken, and that any file system takes; from now on it is taken."""
-    folder = Path(*map(file_name, relative.parent.parts))
+    # Files of an image next to a folder may not have its name.
+    parts = map(file_name, relative.parent.parts)
+    ours = KINDS.values()  # a folder called as what is written for an image beside it would be in its way
+    folder = Path(*(p.replace(".", "_") if Path(p).suffix.lower() in ours else p for p in parts))
     other = (f"{relative.stem}-{n}" for n in itertools.count(2))
     for name in itertools.chain((relative.stem, relative.name.replace(".", "_")), other):
         path = folder / file_name(name)
@@ -272,17 +280,22 @@ def load(item: Item, size: tuple[int, int]) -> Loaded:
 # ----------------------------------------------------------------------------- what is there
 
 
-def describe(args: argparse.Namespace, items: list[Item]) -> dict:
+def describe(
+    args: argparse.Namespace, items: list[Item], scorer: Scorer | OnnxScorer, device: torch.device
+) -> dict:
     """All that the results depend on, in plain values, by the names of the flags."""
     names = "".join(f"{item.path.absolute()}\n{item.name}\n" for item in items)
     roi = None if args.roi is None else hashlib.sha256(args.roi.read_bytes()).hexdigest()
-    flags = ("threshold", "pixelQuantile", "imageQuantile", "minArea", "precision")
+    trained_in = getattr(scorer, "settings", {}).get("precision")
+    flags = ("threshold", "pixelQuantile", "imageQuantile", "minArea")
     return {
         "model": hashlib.sha256(args.model.read_bytes()).hexdigest(),
         "images": f"{len(items)}, {hashlib.sha256(os.fsencode(names)).hexdigest()}",
         "roi": roi,
         "write": list(args.write),
         "shard": list(args.shard),
+        "device": device.type,
+        "precision": choose_precision(args.precision, device, trained_in),
         **{name: getattr(args, name) for name in flags},
     }
 
@@ -306,13 +319,17 @@ class Results:
         if out.exists() and not out.is_dir():
             raise InputError(f"--out {out} is a file; choose a new folder")
         try:
-            self._continue() if resume else self._begin()
-            if not self.finished:
-                self._file = open(out / ROWS, "a+", encoding="utf-8")  # noqa: SIM115
+            if not resume:
+                self._begin()
+            elif not (out / MARKER).is_file():
+                raise InputError(f"--resume: --out {out} holds nothing to continue; leave --resume out")
+            self._file = open(out / ROWS, "a+", encoding="utf-8")  # noqa: SIM115
+            if not lock(self._file):
+                raise InputError(f"another process is writing to {out}; wait for it, or stop it")
+            if resume:
+                self._continue()
         except OSError as error:
             raise InputError(f"cannot write to --out {out} ({error.strerror}); choose another") from None
-        if not self.finished and not lock(self._file):
-            raise InputError(f"another process is writing to {out}; wait for it, or stop it")
 
     def _begin(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -330,8 +347,10 @@ class Results:
             different = [key for key in self._command if command[key] != self._command[key]]
             if not different and not self.finished:
                 self.done = _read_done(self.out / ROWS)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise InputError(f"--resume: --out {self.out} holds nothing to continue; leave --resume out") from None
+        if self.finished:
+            self._close()
         if different:
             raise InputError(
                 f"--resume: --out {self.out} is of another command ({', '.join(different)} changed); "
@@ -347,6 +366,10 @@ class Results:
         self._file.flush()
         self.done[name] = score
 
+    def _close(self) -> None:
+        self._file.close()
+        (self.out / ROWS).unlink(missing_ok=True)
+
     def finish(self, items: list[Item]) -> int:
         """Write the tables, in the order of the items; the number of defective images."""
         self._file.seek(0)
@@ -356,19 +379,22 @@ class Results:
         defects = [defect for row in rows for defect in row["defects"]]
         write_csv(self.out / "defects.csv", defects, DEFECT_COLUMNS)
         self._mark(finished=True)
-        self._file.close()
-        (self.out / ROWS).unlink()
+        self._close()
         return sum(row["score"]["decision"] == "defective" for row in rows)
 
 
 def _read_done(path: Path) -> dict[str, dict]:
     """`Results.done` of a file of rows, from which a line that was not written to its end is cut."""
-    if not path.is_file():
-        return {}
-    whole, end, begun = path.read_bytes().rpartition(b"\n")
-    if begun:
-        path.write_bytes(whole + end)
-    return {row["name"]: row["score"] for row in map(json.loads, whole.splitlines())}
+    whole, end, _ = path.read_bytes().rpartition(b"\n")
+    os.truncate(path, len(whole + end))
+    done = {}
+    for row in map(json.loads, whole.splitlines()):
+        tables = [(SCORE_COLUMNS, [row["score"]]), (DEFECT_COLUMNS, row["defects"])]
+        if any(cells.keys() != set(columns) for columns, rows in tables for cells in rows):
+            raise ValueError("columns")
+        float(row["score"]["score"])
+        done[row["name"]] = row["score"]
+    return done
 
 
 # ------------------------------------------------------------------------------------ writing

@@ -19,16 +19,14 @@ from pathlib import Path
 import jinja2
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
-from torch import Tensor
 
 import figures
 from metrics import METRICS, PRO_LIMIT, TABLE_METRICS, Ranking, metric_labels
 from scorer import Scorer, TestSet
 from util import describe_environment, percent, write_text
-from verdict import Scored, Thresholds, distribution
+from verdict import Scored, Thresholds, distribution, resize_image
 
 FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -83,7 +81,7 @@ def colored(scores: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
 def _resized(scores: np.ndarray, longest: int, shape: Sequence[int]) -> np.ndarray:
     """A map in an image's proportions; shape is the image's (h, w)."""
     height, width = (max(1, round(side * longest / max(shape))) for side in shape[:2])
-    return np.asarray(Image.fromarray(scores).resize((width, height), Image.Resampling.BILINEAR))
+    return resize_image(scores, (height, width))
 
 
 def text(value: object) -> str:
@@ -156,11 +154,6 @@ def _points(x: np.ndarray, y: np.ndarray) -> str:
     return " ".join(pairs)  # points that cannot be told apart are one
 
 
-def _thinned(*curve: Tensor | np.ndarray) -> list[np.ndarray]:
-    chosen = np.unique(np.linspace(0, len(curve[0]) - 1, CURVE_POINTS).astype(int))
-    return [torch.as_tensor(values).cpu().numpy()[chosen] for values in curve]
-
-
 def _steps(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each y goes on to the next x, as the average precision counts."""
     return np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]
@@ -177,16 +170,19 @@ def metric_charts(test_set: TestSet, scored: Scored, pro_limit: float = PRO_LIMI
         return []
     roc, precision_recall = [], []
     for name, ranking in rankings.items():
-        roc.append((f"{name}: area {ranking.auroc():.4f}", *_thinned(*ranking.curve())))
+        roc.append((f"{name}: area {ranking.auroc():.4f}", *figures.thinned(CURVE_POINTS, *ranking.curve())))
         precision, recall = ranking.precision_recall()
         label = f"{name}: AP {ranking.average_precision():.4f}"
-        precision_recall.append((label, *_steps(*_thinned(recall, precision))))
+        precision_recall.append((label, *_steps(*figures.thinned(CURVE_POINTS, recall, precision))))
     dots = ("roc", "pr") if "images" in rankings else ("", "")
     charts = [line_chart("ROC", "false-positive rate", "true-positive rate", roc, dot=dots[0])]
     if "pixels" in rankings:
         pixels, shares = rankings["pixels"], truth.region_shares
         limited = f"up to {pro_limit:g}: {pixels.area(shares, pro_limit):.4f}"
-        line = (f"area {pixels.area(shares, 1.0):.4f}, {limited}", *_thinned(*pixels.curve(shares)))
+        line = (
+            f"area {pixels.area(shares, 1.0):.4f}, {limited}",
+            *figures.thinned(CURVE_POINTS, *pixels.curve(shares)),
+        )
         shaded = float(_place(np.float64(pro_limit), (0.0, 1.0), LEFT, RIGHT))
         charts.append(line_chart("PRO", "false-positive rate", "mean overlap", [line], shaded=shaded))
     return [*charts, line_chart("Precision-recall", "recall", "precision", precision_recall, dot=dots[1])]
@@ -254,7 +250,7 @@ class Report:
                 return
         small = thumbnail(image)
         size = small.shape[1::-1]
-        fine = np.asarray(Image.fromarray(anomaly).resize(size, Image.Resampling.BILINEAR))
+        fine = resize_image(anomaly, small.shape[:2])
         coarse = _resized(anomaly, MAP_THUMBNAIL, image.shape[:2])
         pictures = {
             "image": jpeg_uri(small),
@@ -338,9 +334,12 @@ def _page_template() -> jinja2.Template:
 def _below_common_folder(items: list[tuple]) -> list[tuple]:
     """Shorten the folders to what they differ in."""
     folders = {folder for _, _, folder, *_ in items}
-    if len(folders) < 2 or len({os.path.isabs(folder) for folder in folders}) > 1:
+    if len(folders) < 2:
         return items
-    common = os.path.commonpath(folders)
+    try:
+        common = os.path.commonpath(folders)
+    except ValueError:  # some are absolute, or they are on several drives
+        return items
     return [(score, name, os.path.relpath(folder, common), *rest) for score, name, folder, *rest in items]
 
 
@@ -428,7 +427,7 @@ def save_predictions(page: Report, path: Path, scorer, settings: dict) -> None:
         settings: flags of the command.
     """
     template = scorer.image_template() if isinstance(scorer, Scorer) else None
-    environment = describe_environment(getattr(scorer, "device", torch.device("cpu")))
+    environment = describe_environment(scorer.device)
     picture = None if template is None else figures.to_picture(template)
     page.save(path, _sections(scorer, settings), environment, template=picture)
 

@@ -243,7 +243,9 @@ def choose(table: Table, args: argparse.Namespace) -> Table:
     args.folders = {}
     datapaths = [path.absolute() for path in args.datapath or [Path(table.datapath)]]
     for datapath in datapaths:
-        for name in list_classes(datapath, recognize(datapath)):
+        dataset = recognize(datapath)
+        tested = list_classes(datapath, dataset, "test")
+        for name in filter(tested.__contains__, list_classes(datapath, dataset)):
             args.folders.setdefault(name, datapath)
     classes = tuple(args.classes or table.classes or args.folders)
     encoder = args.encoder or ("none" if table.plus else "all")
@@ -267,7 +269,8 @@ def choose(table: Table, args: argparse.Namespace) -> Table:
 def check_more_flags(table: Table, given: dict) -> None:
     """Raises InputError if a flag after -- is one that the table sets itself."""
     own = {flag[2:] for variant in table.variants for flag in variant.flags if flag.startswith("--")}
-    own |= {"cls", "epochs", "seed", "datapath", "saveDir", "resume", "config", "proLimit", "score", "numTemplate"}
+    own |= {"cls", "epochs", "seed", "datapath", "good", "bad", "masks", "saveDir", "resume", "config"}
+    own |= {"proLimit", "score", "numTemplate"}
     for name in given:
         if name in own:
             raise InputError(f"--{name} after --: the table sets it itself; leave it out")

@@ -546,11 +546,10 @@ def download_encoder_weights(encoder: str) -> dict[str, Tensor]:
     try:
         return weights.get_state_dict(progress=interactive, check_hash=True, weights_only=True)
     except Exception as error:  # no network, a proxy's page instead of the file, a damaged cache
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         cache = Path(torch.hub.get_dir()) / "checkpoints"
         raise InputError(
-            f"cannot get {weights.url} ({reason}); give the file by --encoderWeights PATH, train without an "
-            f"encoder by --encoder none, or remove a damaged copy from {cache}"
+            f"cannot get {weights.url} ({util.first_line(error)}); give the file by --encoderWeights PATH, train "
+            f"without an encoder by --encoder none, or remove a damaged copy from {cache}"
         ) from None
 
 

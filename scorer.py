@@ -38,6 +38,7 @@ from util import (
     free_memory,
     gather,
     is_dense,
+    is_plain,
     load_tensors,
     progress,
     save_tensors,
@@ -130,7 +131,7 @@ class Scorer(Inspector):
     @classmethod
     def fit(
         cls, model: PyramidFlow, images: Images, options: ScoreOptions | None = None, template: str = "mean",
-        class_name: str = "", settings: dict | None = None, roi: Tensor | None = None,
+        class_name: str = "", settings: dict | None = None,
     ) -> Scorer:  # fmt: skip
         """Templates, whitening and calibration of good images, always of the weights as they are.
 
@@ -139,13 +140,11 @@ class Scorer(Inspector):
         Args:
             images: good ones, un-augmented.
             template: "zero" takes zero in place of the mean (ablation II of Table 2).
-            roi: bool (H,W) of the map size, outside of which nothing counts.
 
         Raises:
             ValueError: no images.
         """
-        given = template, class_name, settings, None, roi
-        return fit_all(model, images, [options or ScoreOptions()], *given)[0]
+        return fit_all(model, images, [options or ScoreOptions()], template, class_name, settings)[0]
 
     @torch.no_grad()
     def score(self, images: Tensor, roi: Tensor | None = None) -> Scored:
@@ -334,6 +333,9 @@ class Scorer(Inspector):
         require(typical, "number of typical templates")
         require(isinstance(smooth, (int, float)) and 0 <= smooth <= MOST_SMOOTH, "smoothing")
         image_score, roi = content.get("image_score", "max"), content.get("roi")  # old files lack them
+        settings = dict(content["settings"])
+        flat = (x for value in settings.values() for x in (value if isinstance(value, list) else [value]))
+        require(all(isinstance(x, str) for x in settings) and all(map(is_plain, flat)), "settings")
         require(image_score in IMAGE_SCORES, "image score")
         if roi is not None:
             read_tensor(roi, config.map_size, torch.bool, "region of the part")
@@ -342,7 +344,7 @@ class Scorer(Inspector):
             model, templates, num_typical,
             None if sigma is None else read_sigma(config, sigma), smooth, image_score, roi,
             None if calibration is None else Calibration.from_dict(calibration),
-            read_metrics(content["metrics"]), content["class"], dict(content["settings"]),
+            read_metrics(content["metrics"]), content["class"], settings,
         )  # fmt: skip
 
     def to(self, device: torch.device, precision: str) -> Scorer:

@@ -455,7 +455,7 @@ def flag_words(parser: Parser, given: dict, where: str) -> list[str]:
         if value is None or (value is False and is_switch):
             continue
         values = value if isinstance(value, list) else [value]
-        if any(isinstance(v, (dict, list)) for v in values):
+        if not all(map(util.is_plain, values)):
             raise InputError(f"{where}: {name} has a value that is no word or number; see --help")
         words += [f"--{name}", *(() if is_switch else map(str, values))]
     return words

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 NUM_WORKERS = min(os.cpu_count() or 1, 8)
+MOST_SHOWN = 500  # characters of what a file or the command line holds
 LOG_INTERVAL_S = 30.0  # between lines of a progress bar that is written to a file
 PATIENCE = timedelta(days=1)  # the other processes wait while one draws the figures
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's mallopt
@@ -174,17 +175,30 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str):
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        unknown = message.removeprefix("unrecognized arguments: ")
+        unknown = unknown.split()[0] if unknown.split() else ""
         if unknown.startswith("-"):
             near = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, 1)
             message += f"; did you mean {near[0]}?" if near else ""
         self.exit(2, f"{self.prog}: error: {shortened(message)} (see --help)\n")
 
 
-def shortened(text: str, most: int = 500) -> str:
+def shortened(text: str) -> str:
     """One line of a text, which a value out of a file may have made endless."""
     text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[:most]}..."
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in the first line, or what it is."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def is_plain(x: object) -> bool:
+    """Whether it can be a flag's value: None, a truth value, a number of usual size, or a text."""
+    if isinstance(x, int):
+        return abs(x) < 10**18
+    return x is None or isinstance(x, (float, str))
 
 
 def whole_number(minimum: int, maximum: int = 10**18) -> Callable[[str], int]:
@@ -644,7 +658,7 @@ def is_dense(x: object) -> bool:
     return isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta and not x.is_quantized
 
 
-def load_tensors(path: Path, device: torch.device | str = "cpu") -> object:
+def load_tensors(path: Path) -> object:
     """`torch.load` of tensors and plain values only; nothing in the file is executed.
 
     Raises:
@@ -653,7 +667,7 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice for developers
-            content = torch.load(path, map_location=device, weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
         if zipfile.is_zipfile(path):  # torch.load does not look at checksums
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():

@@ -149,7 +149,7 @@ class Calibration:
     def color_scale(self) -> tuple[float, float]:
         """(lowest, highest) score of a color scale on which good images look good."""
         low = self.pixel_scores[0]
-        return low, max(2 * self._pixel_score(COLOR_QUANTILE), low + 1e-12)
+        return low, max(2 * self._pixel_score(COLOR_QUANTILE), low + 1e-12 + 1e-6 * abs(low))
 
     def _pixel_score(self, quantile: float) -> float:
         return float(np.interp(quantile, LEVELS, self.pixel_scores))
@@ -201,7 +201,7 @@ def choose_thresholds(
             )
         return Thresholds(image if pixel is None else pixel, image)
     with contextlib.suppress(ValueError):
-        if math.isfinite(value := float(choice)):
+        if abs(value := float(choice)) < HIGHEST:  # false of NaN, too
             return Thresholds(value, value)
     raise InputError(f"--threshold {choice}: use quantile, none, f1, recall or a number")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def main() -> None:
@@ -19,7 +19,10 @@ def main() -> None:
     session = onnxruntime.InferenceSession(sys.argv[1], options)
     metadata = session.get_modelmeta().custom_metadata_map
     path = Path(sys.argv[2])
-    original = Image.open(path).convert("RGB")
+    original = ImageOps.exif_transpose(Image.open(path))
+    if original.mode[0] == "I":  # 16 bit
+        original = Image.fromarray((np.asarray(original, np.float32) / 257).clip(0, 255).round().astype(np.uint8))
+    original = original.convert("RGB")
     image = original
     if metadata["any_image_size"] == "false":
         size = int(metadata["image_width"]), int(metadata["image_height"])

@@ -13,6 +13,7 @@ from spoil import Code, spoil_bytes, wrong_values
 import predict
 from model import PyramidFlowConfig
 from scorer import read_config
+from util import save_tensors
 
 COUNT = 100
 
@@ -45,6 +46,18 @@ def test_each_value_of_a_configuration_is_checked_before_it_is_used():
         for value in (*wrong_values(30), 10**9, [10**30, 32], [32, -1], [32.0, 32], (2**20, 2**20), (3,)):
             with contextlib.suppress(ValueError):
                 assert read_config({**whole, name: value}).to_dict() == {**whole, name: value}
+
+
+@pytest.mark.parametrize("value", [10**20, [[1]], {"a": 1}, torch.zeros(1)])
+def test_settings_that_no_flags_have_are_refused(trained, tmp_path, run_main, value):
+    """A few nested lists that share their parts would be endless as text."""
+    content = torch.load(trained.checkpoint, weights_only=True)
+    content["settings"]["epochs"] = value
+    save_tensors(tmp_path / "a.pt", content)
+    flags = ["--out", tmp_path / "out", "--gpu", "cpu"]
+    code, _, err = run_main(predict.main, [tmp_path / "a.pt", trained.data, *flags])
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "is damaged (settings)" in err
 
 
 def test_damaged_images(trained, tmp_path, run_main):

@@ -753,7 +753,12 @@ def test_a_pipeline_that_cannot_be_used_is_an_error_of_one_line(tmp_path, transf
         ("a.json", "[]", "holds no pipeline"),
         ("a.json", '{"transform": {"transforms": []}}', "holds no pipeline"),
         ("a.yaml", b"\xff\xfe\x00", "decode"),
-        ("a.yaml", "transform: &a {__class_fullname__: Compose, transforms: [*a]}", "recursion"),
+        ("a.yaml", "transform: &a {__class_fullname__: Compose, transforms: [*a]}", "10000 values"),
+        (
+            "a.yaml",
+            "\n".join(["a0: &a0 [1]", *(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 9}]" for i in range(1, 10))]),
+            "10000",
+        ),
     ],
 )
 def test_a_file_that_holds_no_pipeline_is_an_error_of_one_line(tmp_path, name, text, reason):

@@ -242,6 +242,34 @@ def test_bad_flags_of_the_export(trained, tmp_path, run_main, flags, message):
     assert not (tmp_path / "a.onnx").exists()
 
 
+@pytest.mark.parametrize(
+    ("out", "message"), [("gravel", "does not end in .onnx"), ("file/a.onnx", "the folder of OUT.onnx")]
+)
+def test_bad_places_for_the_export(trained, tmp_path, run_main, out, message):
+    (tmp_path / "file").touch()
+    code, _, err = run_main(export.main, [trained.checkpoint, tmp_path / out])
+    assert (code, err.count("\n")) == (2, 1), err
+    assert message in err
+
+
+def test_other_outputs_are_refused(onnx_file):
+    """By their shape, as somebody else's model might have them."""
+    proto = onnx.load(onnx_file)
+    del proto.metadata_props[-1]
+    for node in proto.graph.node:
+        node.output[:] = ["raw" if name == "score" else name for name in node.output]
+        node.input[:] = ["raw" if name == "score" else name for name in node.input]
+    axes = onnx.numpy_helper.from_array(np.array([1]), "one")
+    proto.graph.initializer.append(axes)
+    proto.graph.node.append(onnx.helper.make_node("Unsqueeze", ["raw", "one"], ["score"]))
+    for output in proto.graph.output:
+        if output.name == "score":
+            output.type.tensor_type.shape.dim.add().dim_value = 1
+    onnx_file.write_bytes(sealed(proto))
+    with pytest.raises(export.InputError, match="other maps or scores"):
+        OnnxScorer(onnx_file).score(torch.zeros(2, 32, 64, 3, dtype=torch.uint8))
+
+
 def test_without_scores_of_good_images_the_export_needs_a_threshold(tmp_path):
     scorer = make_scorer()
     scorer.calibration = None

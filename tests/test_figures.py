@@ -129,6 +129,13 @@ def test_ordinary_names_stay():
     assert figures.file_name("é" * 100).startswith("é" * 90 + "-")  # 180 bytes, no half character
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "/tmp/a", "a/b", "..\\a"])
+def test_a_name_is_that_of_a_file_in_the_folder(tmp_path, name):
+    assert (tmp_path / figures.file_name(name)).parent == tmp_path
+    assert not set(figures.file_name(name)) & set("/\\")
+    assert figures.file_name(name) not in ("", ".", "..")
+
+
 def test_curves_of_many_points_are_thinned_out_and_keep_their_ends(monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))

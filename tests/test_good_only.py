@@ -256,6 +256,16 @@ def test_what_is_skipped_is_said_in_a_line(tmp_path):
         assert f"the first is {folder / 'a.heic'}" in line
 
 
+def test_a_kind_whose_files_are_all_skipped_is_said(tmp_path):
+    folder = make_class(tmp_path) / "test"
+    (folder / "notes.txt").write_bytes(b"x")
+    for name in ("crack/a.gif", "deep/inside/a.png"):
+        save_image(folder / name, np.zeros((8, 8), np.uint8))
+    (line,) = open_class(tmp_path, "widget").warnings
+    assert "2 of 14 files are skipped" in line
+    assert f"the first is {folder / 'crack' / 'a.gif'}" in line
+
+
 # ----------------------------------------------------------------------------------- layouts
 
 
@@ -304,6 +314,13 @@ def test_real_iad(tmp_path):
         (lambda parts: {**parts, "train": [{**parts["train"][0], "image_path": "../a.png"}]}, "outside"),
         (lambda parts: {**parts, "train": [{**parts["train"][0], "image_path": "a.png"}]}, "is not in"),
         (lambda parts: {**parts, "train": 3}, "cannot read"),
+        (lambda parts: {**parts, "test": []}, "no test images of class cap"),
+        (
+            lambda parts: {**parts, "test": [{**parts["test"][0], "anomaly_class": "/tmp/a"}]},
+            "no name of a defect",
+        ),
+        (lambda parts: {**parts, "test": [{**parts["test"][0], "anomaly_class": ".."}]}, "no name of a defect"),
+        (lambda parts: {**parts, "test": [{**parts["test"][0], "anomaly_class": 3}]}, "no name of a defect"),
     ],
 )
 def test_what_is_wrong_with_real_iads_file_is_named(tmp_path, change, message):

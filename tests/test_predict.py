@@ -18,6 +18,7 @@ import scorer
 from dataset import open_class
 from model import PyramidFlow, PyramidFlowConfig
 from scorer import ScoreOptions, Scorer
+from util import lock
 from verdict import Scored
 
 
@@ -500,8 +501,65 @@ def test_other_weights_or_images_are_not_mixed_in(trained, tmp_path, run_main):
         code, _, err = run(run_main, trained, tmp_path, "--resume")
         assert code == 2
         assert f"{key} changed" in err or f", {key}" in err
-    marker.write_text("[]")
-    assert "holds nothing to continue" in run(run_main, trained, tmp_path, "--resume")[2]
+    assert not (tmp_path / "out" / predict.ROWS).exists()  # of a finished one
+    for text in ("[]", "[" * 10**5):
+        marker.write_text(text)
+        assert "holds nothing to continue" in run(run_main, trained, tmp_path, "--resume")[2]
+
+
+@pytest.mark.parametrize(
+    "row", [{"name": "x", "score": {}, "defects": []}, {"name": "x", "score": 1}, [], {"name": "x", "defects": []}]
+)
+def test_rows_that_are_none_are_refused(trained, tmp_path, run_main, row):
+    out = tmp_path / "out"
+    assert run(run_main, trained, tmp_path)[0] == 0
+    marker = json.loads((out / predict.MARKER).read_text())
+    (out / predict.MARKER).write_text(json.dumps({**marker, "finished": False}))
+    (out / predict.ROWS).write_text(json.dumps(row) + "\n")
+    code, _, err = run(run_main, trained, tmp_path, "--resume")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "holds nothing to continue" in err
+
+
+def test_rows_that_another_process_writes_are_left_alone(trained, tmp_path, run_main):
+    out = tmp_path / "out"
+    assert run(run_main, trained, tmp_path)[0] == 0
+    marker = json.loads((out / predict.MARKER).read_text())
+    (out / predict.MARKER).write_text(json.dumps({**marker, "finished": False}))
+    with (out / predict.ROWS).open("a+") as file:
+        assert lock(file)
+        file.write('{"name": "hal')
+        file.flush()
+        code, _, err = run(run_main, trained, tmp_path, "--resume")
+        assert (code, err.count("\n")) == (2, 1), err
+        assert "another process is writing to" in err
+        file.seek(0)
+        assert file.read() == '{"name": "hal'
+
+
+def test_a_folder_called_as_a_file_beside_it(trained, tmp_path, run_main):
+    images = tmp_path / "images"
+    for name in ("x.jpg", "x.png/y.png", "x_png/y.png"):
+        save_image(images / name, np.full((16, 16, 3), 99, np.uint8))
+    code, _, err = run(run_main, trained, tmp_path, images=[images])
+    assert code == 0, err
+    maps = [row["map"] for row in table(tmp_path)]
+    assert sorted(maps) == ["maps/x.tiff", "maps/x_png/y.tiff", "maps/x_png/y_png.tiff"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(trained, tmp_path, run_main, monkeypatch):
+    save_image(tmp_path / "images" / "closed" / "a.png", np.zeros((8, 8, 3), np.uint8))
+    original = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    code, _, err = run(run_main, trained, tmp_path, images=[tmp_path / "images"])
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "closed (Permission denied)" in err
 
 
 def test_shards_are_parts_of_the_whole(trained, tmp_path, run_main):

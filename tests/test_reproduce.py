@@ -374,6 +374,8 @@ def test_ctrl_c_stops_the_running_jobs_and_prints_one_line(tmp_path, run_main, m
         (["table1", "--classes", "capsule", "--", "--volumeNorm", "CVN"], "the table sets it itself"),
         (["table1", "--classes", "capsule", "--", "--seed", "3"], "the table sets it itself"),
         (["plus", "--", "--score", "paper"], "the table sets it itself"),
+        (["plus", "--", "--good", "a"], "the table sets it itself"),
+        (["plus", "--classes", "untested"], "lacks untested (it has capsule)"),
         (["plus", "--classes", "capsule", "--", "--proLimit", "0.1"], "the table sets it itself"),
         (["table1", "--classes", "capsule", "--", "--epochz", "3"], "unrecognized arguments: --epochz"),
         (["table1", "--classes", "capsule", "--", "--imageSize", "30"], "nearest sizes that work"),
@@ -381,6 +383,7 @@ def test_ctrl_c_stops_the_running_jobs_and_prints_one_line(tmp_path, run_main, m
 )
 def test_bad_flags(tmp_path, run_main, extra, message):
     make_class(tmp_path / "data", "capsule")
+    shutil.rmtree(make_class(tmp_path / "data", "untested") / "test")
     given = [extra[0], "--datapath", tmp_path / "data", "--out", tmp_path / "out", *extra[1:]]
     code, _, err = run_main(reproduce.main, given)
     assert (code, err.count("\n")) == (2, 1), err

@@ -352,6 +352,12 @@ def test_the_color_scale_leaves_room_above_good_pixels():
     assert high == pytest.approx(2, abs=0.02)
 
 
+def test_a_color_scale_is_never_empty():
+    for score in (-1e10, 0.0, 1e-30, 1e10):
+        low, high = Calibration([1.0], [score] * len(LEVELS)).color_scale()
+        assert high > low
+
+
 def test_a_calibration_survives_its_dict():
     calibration = distribution(scored(torch.rand(3, 8, 8)))
     assert Calibration.from_dict(asdict(calibration)) == calibration
@@ -394,6 +400,7 @@ def test_the_choices_of_a_threshold():
         ("quantile", "fit it on at least two"),
         ("f1", "use --threshold quantile or a number"),
         ("high", "use quantile, none, f1, recall or a number"),
+        ("1e39", "use quantile, none, f1, recall or a number"),
         ("nan", "use quantile, none, f1, recall or a number"),
     ],
 )

@@ -183,6 +183,7 @@ def flags(parser):
         (["--savememory", "true"], "did you mean --saveMemory?"),
         (["--zzz"], "unrecognized arguments: --zzz (see --help)"),
         (["extra"], "unrecognized arguments: extra (see --help)"),
+        (["--epochs", "3", ""], "unrecognized arguments: (see --help)"),
         (["--epochs", "0"], "'0' is not a whole number from 1 on"),
         (["--saveMemory", "maybe"], "'maybe' is not one of true, 1, yes, false, 0, no"),
     ],
@@ -193,6 +194,21 @@ def test_flags_are_never_abbreviated_and_errors_are_one_line(capsys, arguments, 
     err = capsys.readouterr().err
     assert (stop.value.code, err.count("\n")) == (2, 1)
     assert message in err
+
+
+def test_the_first_line_of_an_error():
+    assert util.first_line(ValueError("\none\ntwo")) == "one"
+    assert util.first_line(ValueError("")) == "ValueError"
+
+
+@pytest.mark.parametrize("value", [None, True, 3, -(10**17), 0.5, "a"])
+def test_values_of_flags(value):
+    assert util.is_plain(value)
+
+
+@pytest.mark.parametrize("value", [[], (), {}, 10**20, b"a", [1]])
+def test_values_of_no_flag(value):
+    assert not util.is_plain(value)
 
 
 def test_endless_values_are_shortened(capsys):

@@ -49,7 +49,7 @@ def main() -> None:
     model = load_official(args.file, args.choice, args.imageSize)
     precision = util.choose_precision(args.precision, device, trained_in="fp32")
     model.to(device).compute_networks_in(util.apply_precision(precision))
-    data, size = open_class(args.datapath, args.cls, args.dataset), model.config.image_size
+    data, size = open_class(args.datapath, args.cls, args.dataset, need_test=False), model.config.image_size
     images = Images(data.train, size, "auto", device, args.numWorkers, "training images")
     scorer = Scorer.fit(model, images, class_name=args.cls, settings={"precision": "fp32"})
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def load_official(path: Path, choice: str, image_size: tuple[int, int] | None) -
         model = PyramidFlow(infer_config(state_dict, image_size))
         model.load_state_dict(convert_state_dict(model, state_dict))
     except (KeyError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        reason = f"no entry {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        reason = f"no entry {error}" if isinstance(error, KeyError) else util.first_line(error)
         raise InputError(f"{path}: {reason}; choose a file that the official program wrote") from None
     return model
 
