@@ -176,8 +176,12 @@ def _open_folder(folder: Path, good: str) -> AnomalyClass:
     test_folder = next((folder / t for t in TEST_FOLDERS if (folder / t).is_dir()), folder / "test")
     public = test_folder.name != "test"
     _check_case(test_folder, (good, "ground_truth"))
-    test = _list_test(test_folder, (test_folder if public else folder) / "ground_truth", good)
-    data = AnomalyClass(folder.name, list_images(train), test, skipped_files([train, *_kinds(test_folder)]))
+    masks = (test_folder if public else folder) / "ground_truth"
+    kinds = sorted(filter(_visible, test_folder.iterdir())) if test_folder.is_dir() else []
+    kinds = [path for path in kinds if path.is_dir() and path != masks]
+    test = [image for kind in kinds for image in _list_kind(kind, masks / kind.name, good)]
+    _check_masks(test, masks)
+    data = AnomalyClass(folder.name, list_images(train), test, skipped_files([train, *kinds]))
     if public:
         data.warnings.append("MVTec AD 2 takes PRO up to a rate of 0.05; --proLimit 0.05 does so, too")
     return data
@@ -373,19 +377,6 @@ def _is_image(path: Path) -> bool:
 
 def _visible(path: Path) -> bool:
     return not path.name.startswith(".")  # .ipynb_checkpoints, ._000.png and their like are no data
-
-
-def _list_test(test_folder: Path, mask_folder: Path, good: str) -> list[TestImage]:
-    kinds = _kinds(test_folder)
-    images = [image for kind in kinds for image in _list_kind(kind, mask_folder / kind.name, good)]
-    _check_masks(images, mask_folder)
-    return images
-
-
-def _kinds(test_folder: Path) -> list[Path]:
-    """The folders of test images, of masks none."""
-    inside = sorted(filter(_visible, test_folder.iterdir())) if test_folder.is_dir() else []
-    return [path for path in inside if path.is_dir() and path.name != "ground_truth"]
 
 
 def _list_kind(folder: Path, mask_folder: Path | None, good: str, kind: str | None = None) -> list[TestImage]:

@@ -256,9 +256,8 @@ def _cannot_read(error: OSError) -> None:
 
 def _free_name(relative: Path, taken: set[str]) -> Path:
     """A name without suffix that is not taken, and that any file system takes; from now on it is taken."""
-    # Files of an image next to a folder may not have its name.
     parts = map(file_name, relative.parent.parts)
-    ours = KINDS.values()  # a folder called as what is written for an image beside it would be in its way
+    ours = KINDS.values()  # a folder x.png would be in the way of what is written for an image x beside it
     folder = Path(*(p.replace(".", "_") if Path(p).suffix.lower() in ours else p for p in parts))
     other = (f"{relative.stem}-{n}" for n in itertools.count(2))
     for name in itertools.chain((relative.stem, relative.name.replace(".", "_")), other):
@@ -392,7 +391,7 @@ def _read_done(path: Path) -> dict[str, dict]:
         tables = [(SCORE_COLUMNS, [row["score"]]), (DEFECT_COLUMNS, row["defects"])]
         if any(cells.keys() != set(columns) for columns, rows in tables for cells in rows):
             raise ValueError("columns")
-        float(row["score"]["score"])
+        Path(row["score"]["path"]), float(row["score"]["score"])  # which the report reads
         done[row["name"]] = row["score"]
     return done
 

@@ -206,8 +206,10 @@ def test_weights_do_not_depend_on_the_size_of_maps(trained, tmp_path, run_main):
     assert code == 0, err
 
 
-@pytest.mark.parametrize(("smooth", "image_score"), [(1.0, "top"), (9.0, "top"), (9.0, "detail")])
-@pytest.mark.parametrize("map_size", [(32, 64), (16, 90), (3, 200)])
+@pytest.mark.parametrize(
+    ("map_size", "smooth", "image_score"),
+    [((32, 64), 1.0, "top"), ((16, 90), 9.0, "detail"), ((3, 200), 9.0, "top"), ((3, 200), 1.0, "detail")],
+)
 def test_the_graph_has_the_size_and_the_score(tmp_path, map_size, smooth, image_score):
     """Also where the Gaussian is wider than one side."""
     config, bank = (small_config(image_size=(32, 64), map_size=map_size), {"score": "bank", "num_template": 3})

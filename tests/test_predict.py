@@ -508,7 +508,14 @@ def test_other_weights_or_images_are_not_mixed_in(trained, tmp_path, run_main):
 
 
 @pytest.mark.parametrize(
-    "row", [{"name": "x", "score": {}, "defects": []}, {"name": "x", "score": 1}, [], {"name": "x", "defects": []}]
+    "row",
+    [
+        {"name": "x", "score": {}, "defects": []},
+        {"name": "x", "score": 1},
+        [],
+        {"name": "x", "defects": []},
+        {"name": "x", "score": dict.fromkeys(predict.SCORE_COLUMNS, 1), "defects": []},
+    ],
 )
 def test_rows_that_are_none_are_refused(trained, tmp_path, run_main, row):
     out = tmp_path / "out"
