@@ -285,7 +285,9 @@ def describe(
     """All that the results depend on, in plain values, by the names of the flags."""
     names = "".join(f"{item.path.absolute()}\n{item.name}\n" for item in items)
     roi = None if args.roi is None else hashlib.sha256(args.roi.read_bytes()).hexdigest()
-    trained_in = getattr(scorer, "settings", {}).get("precision")
+    precision = args.precision
+    if isinstance(scorer, Scorer):
+        precision = choose_precision(precision, device, scorer.settings.get("precision"))
     flags = ("threshold", "pixelQuantile", "imageQuantile", "minArea")
     return {
         "model": hashlib.sha256(args.model.read_bytes()).hexdigest(),
@@ -294,7 +296,7 @@ def describe(
         "write": list(args.write),
         "shard": list(args.shard),
         "device": device.type,
-        "precision": choose_precision(args.precision, device, trained_in),
+        "precision": precision,
         **{name: getattr(args, name) for name in flags},
     }
 

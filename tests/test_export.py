@@ -298,6 +298,17 @@ def test_the_sample_in_docs_needs_nothing_of_this_program(exported, onnx_file, t
     assert not mask.any()
 
 
+def test_the_sample_in_docs_reads_16_bits_as_this_program_does(exported, onnx_file, tmp_path):
+    shutil.copy(Path(export.__file__).parent / "docs" / "onnx_sample.py", tmp_path)
+    gray = np.random.default_rng(0).integers(0, 2**16, (50, 70), dtype=np.uint16)
+    Image.fromarray(gray).save(tmp_path / "image.png")
+    command = [sys.executable, "-I", "onnx_sample.py", "a.onnx", "image.png"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    score = float(result.stdout.split("score ")[1].split(",")[0])
+    assert score == pytest.approx(exported[0].inspect(tmp_path / "image.png").score, rel=1e-3)
+
+
 # ----------------------------------------------------------------------------- files to refuse
 
 
