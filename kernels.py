@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spectral import choose_way, convolve
+from spectral import can_fuse, choose_way, convolve
 from util import cpu_features
 
 Tensors = tuple[Tensor, ...]
@@ -107,16 +107,16 @@ def _log_scale_(s0: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def _log_scales() -> Tensor:
-    """(65536,) b of every bfloat16, by its bits as an int16.
+    """(65536,) b of every bfloat16, by its bits.
 
     Looking it up was faster than computing it on an AMD EPYC without AMX, and slower on an Intel Xeon with AMX.
     """
-    return _log_scale_(torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).float())
+    return _log_scale_(torch.arange(2**16).to(torch.int16).view(torch.bfloat16).float())
 
 
 def _look_up(table: Tensor, x: Tensor) -> Tensor:
     """The entries (65536,) of bfloat16 numbers."""
-    places = x.view(torch.int16).to(torch.int32).add_(2**15)
+    places = x.view(torch.uint16).to(torch.int32)
     return table.index_select(0, places.view(-1)).view(x.shape)
 
 
@@ -142,7 +142,7 @@ class _AffineCoupling(torch.autograd.Function):
         ctx.save_for_backward(matrix, scale, x, shift)
         y = _empty_like(x)
         for into, scale_part, x_part, shift_part in _strips(y, scale, x, shift):
-            into.copy_((scale_part * x_part + shift_part) @ matrix.T)
+            torch.mm((scale_part * x_part).add_(shift_part)[0], matrix.T, out=into[0])
         return y
 
     @staticmethod
@@ -182,8 +182,13 @@ def _matmul(matrix: Tensor, x: Tensor) -> Tensor:
 
 
 def _strips(*maps: Tensor) -> Iterator[Tensors]:
-    """The same pixels of each map, as rows (B,n,C), a strip at a time; of a mean over pixels all, (1,1,C)."""
+    """The same pixels of each map, as rows (B,n,C), a strip at a time; of a mean over pixels all, (1,1,C).
+
+    Of maps of one size it is as if there were one image, (1,n,C).
+    """
     rows = [_pixel_rows(x) for x in maps]
+    if len({x.shape[:2] for x in rows}) == 1:
+        rows = [x.flatten(0, 1)[None] for x in rows]
     batch, pixels, channels = rows[0].shape
     count = pixels
     if not rows[0].is_cuda:
@@ -389,22 +394,10 @@ def _convolution(
     x: Tensor, weight: Tensor, added: Tensor | None, stride: int, padding: int, transposed: bool, slope: float
 ) -> Tensor:
     """LeakyReLU(convolution + added), of a convolution that is transposed or not."""
-    if (slope != 1 or added is not None) and _can_fuse(x):
+    if (slope != 1 or added is not None) and can_fuse(x):
         return _FusedConvolution.apply(x, weight, added, stride, padding, transposed, slope)
     y = (F.conv_transpose2d if transposed else F.conv2d)(x, weight, stride=stride, padding=padding)
     return _leaky_relu(y if added is None else y.add_(added), slope)
-
-
-def _can_fuse(x: Tensor) -> bool:
-    """Whether oneDNN can add and apply LeakyReLU while it writes a convolution's result."""
-    library = torch.backends.mkldnn
-    if x.device.type != "cpu" or not (library.is_available() and library.enabled):
-        return False
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return False
-    if x.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return x.dtype == torch.float32
 
 
 class _FusedConvolution(torch.autograd.Function):

@@ -575,5 +575,6 @@ def compare(
     """
     if contrast == "composed":
         latents, others = (pyramid.compose(latents),), (pyramid.compose(others),)
-    pairs = zip(latents, others, strict=True)
-    return pyramid.compose(tuple(kernels.channel_mean(distance(a - b)) for a, b in pairs))[:, 0]
+    maps = tuple(kernels.channel_mean(distance(a - b)) for a, b in zip(latents, others, strict=True))
+    compose = pyramid.compose if torch.compiler.is_compiling() else kernels.compose_maps
+    return compose(maps)[:, 0]

@@ -34,7 +34,7 @@ STRIP_ROWS = 32  # of outputs
 # Time, in multiply-adds of a direct convolution that take as long; measured.
 TILE_MIXING, STRIP_MIXING = 6.6, 1.4  # per output, input and output channel; and, of strips, tap
 TILE_TRANSFORMS, STRIP_TRANSFORMS = 550, 200  # per output and channel on either side
-KERNEL_TRANSFORM = 150_000  # per input channel and output channel, however large the map
+TILE_KERNEL, STRIP_KERNEL = 100_000, 150_000  # of a kernel, per input channel and output channel
 BFLOAT16_WORTH = {"direct": 1.0, "tiles": 1.5, "strips": 1.25}  # times faster it has to be, as it rounds more
 
 
@@ -51,11 +51,10 @@ def choose_way(weight: Tensor, x: Tensor | None, upsampled: Tensor | None, strid
     own, other = (0 if y is None else y.shape[1] for y in (x, upsampled))
     reach = 2 * ((k // 2 + 1) // 2) + 1  # taps of the small map
     taps = (2 * (STRIP_ROWS + k) - 4) / STRIP_ROWS * (own * k + other * reach) * o
-    kernel = i * o * KERNEL_TRANSFORM
     times = {
         "direct": outputs / stride**2 * o * (own * k**2 + other * (k + 1) ** 2 / 3),
-        "tiles": outputs * (i * o * TILE_MIXING + (i + o) * TILE_TRANSFORMS) + kernel,
-        "strips": outputs * (taps * STRIP_MIXING + (i + o) * STRIP_TRANSFORMS) + kernel,
+        "tiles": outputs * (i * o * TILE_MIXING + (i + o) * TILE_TRANSFORMS) + i * o * TILE_KERNEL,
+        "strips": outputs * (taps * STRIP_MIXING + (i + o) * STRIP_TRANSFORMS) + i * o * STRIP_KERNEL,
     }
     if stride > 1:
         del times["strips"]
@@ -100,6 +99,18 @@ def memory_of(
     spectrum = positions * batch * -(-height // STRIP_ROWS) * width * itemsize
     kernel = positions * k * channels * outputs * itemsize
     return kernel, spectrum * 3 // 2 * (outputs + channels) + 2 * kernel
+
+
+def can_fuse(x: Tensor) -> bool:
+    """Whether oneDNN can add and apply LeakyReLU while it writes a convolution's result."""
+    library = torch.backends.mkldnn
+    if x.device.type != "cpu" or not (library.is_available() and library.enabled):
+        return False
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    if x.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return x.dtype == torch.float32
 
 
 def sampling(kind: str, k: int, outputs: int) -> tuple[Tensor, int, int]:
@@ -213,9 +224,10 @@ def to_spectrum(x: Tensor, by: Basis) -> Tensor:
     batch, height, width, channels = x.shape
     down, across = by.count(height), by.count(width)
     padded = (across - 1) * by.stride + by.length
-    rows = x.new_zeros(len(by.down), batch * down, padded * channels)
-    inside = slice(-by.start * channels, (width - by.start) * channels)
-    rows_to_spectrum(x, by, by.down, rows[..., inside])
+    rows = x.new_empty(len(by.down), batch * down, padded * channels)
+    begin, end = -by.start * channels, (width - by.start) * channels
+    rows[..., :begin] = rows[..., end:] = 0
+    rows_to_spectrum(x, by, by.down, rows[..., begin:end])
     frequencies = len(by.down) // 2
     count = frequencies * batch * down
     overlapping = rows.as_strided(
@@ -475,11 +487,22 @@ def _parts(x: Tensor) -> Tensor:
 def _multiply(factor: Tensor, kernel: Tensor, into: Tensor | None = None) -> Tensor:
     """A factor (P, strips, W, I) times a kernel's spectrum (T,O,I,k) -> (T, strips, W, O), added to `into`."""
     (_, strips, width, _), (positions, channels, _, k) = factor.shape, kernel.shape
-    out = factor.new_empty(positions, strips, width, channels)
+    size = positions, strips, width, channels
+    out = factor.new_zeros(size) if into is None else into.view(size)
     for (parts, to), taps in zip(_frequencies(positions), _taps(kernel), strict=True):
-        y = F.conv2d(_parts(factor[parts]), taps, padding=(0, k // 2), dilation=(strips, 1))
-        out[to] = y[0].permute(1, 2, 0).view(out[to].shape)
-    return out if into is None else into.add_(out.view(into.shape))
+        add_convolution(_parts(out[to]), _parts(factor[parts]), taps, (0, k // 2), (strips, 1))
+    return out
+
+
+def add_convolution(
+    into: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, int], dilation: tuple[int, int]
+) -> None:
+    """Add a convolution to `into`, in place; by oneDNN without another pass over it."""
+    if can_fuse(x):
+        add = weight, None, padding, (1, 1), dilation, 1, "add", 1.0, None, [], None
+        torch.ops.mkldnn._convolution_pointwise_.binary(into, x, *add)
+    else:
+        into += F.conv2d(x, weight, padding=padding, dilation=dilation)
 
 
 def _multiply_gradient(factor: Tensor, grad_factor: Tensor, kernel: Tensor) -> Tensor:
