@@ -305,6 +305,7 @@ def compose_maps(levels: Tensors) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may be needed by a training later
 def up_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(2n,n): nearest-neighbor interpolation to twice the size, then blur (1,4,6,4,1)/16, along one axis."""
     twice = torch.eye(size, dtype=torch.float64).repeat_interleave(2, dim=0)

@@ -60,9 +60,21 @@ def test_every_kernel_has_a_case():
 
 def test_many_maps_compose_as_the_pyramid_does():
     for num_level in (2, 4):
-        levels = tuple(random(2, 3, 32 >> i, 16 >> i).detach() for i in range(num_level))
-        expected = LaplacianPyramid(num_level).double().compose(levels)
-        torch.testing.assert_close(kernels.compose_maps(levels), expected)
+        levels = tuple(random(2, 3, 32 >> i, 16 >> i) for i in range(num_level))
+        ways = LaplacianPyramid(num_level).double().compose, kernels.compose_maps
+        expected, composed = (
+            [y, *torch.autograd.grad(y.square().sum(), levels)] for y in (f(levels) for f in ways)
+        )
+        torch.testing.assert_close(composed, expected)
+
+
+def test_what_scoring_in_inference_mode_keeps_can_be_trained_with():
+    kernels.up_matrix.cache_clear()
+    levels = random(1, 1, 8, 8), random(1, 1, 4, 4)
+    with torch.inference_mode():
+        kernels.compose_maps(tuple(x.detach() for x in levels))
+    kernels.compose_maps(levels).sum().backward()
+    assert all(x.grad is not None for x in levels)
 
 
 def test_the_layout_of_a_bank_puts_a_pixels_templates_side_by_side():
