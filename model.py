@@ -575,6 +575,5 @@ def compare(
     """
     if contrast == "composed":
         latents, others = (pyramid.compose(latents),), (pyramid.compose(others),)
-    maps = tuple(kernels.channel_mean(distance(a - b)) for a, b in zip(latents, others, strict=True))
-    compose = pyramid.compose if torch.compiler.is_compiling() else kernels.compose_maps
-    return compose(maps)[:, 0]
+    pairs = zip(latents, others, strict=True)
+    return kernels.compose_maps(tuple(kernels.channel_mean(distance(a - b)) for a, b in pairs))[:, 0]

@@ -34,7 +34,7 @@ STRIP_ROWS = 32  # of outputs
 # Time, in multiply-adds of a direct convolution that take as long; measured.
 TILE_MIXING, STRIP_MIXING = 6.6, 1.4  # per output, input and output channel; and, of strips, tap
 TILE_TRANSFORMS, STRIP_TRANSFORMS = 550, 200  # per output and channel on either side
-TILE_KERNEL, STRIP_KERNEL = 100_000, 150_000  # of a kernel, per input channel and output channel
+TILE_KERNEL, STRIP_KERNEL = 100_000, 150_000  # a kernel's transform, per input and output channel
 BFLOAT16_WORTH = {"direct": 1.0, "tiles": 1.5, "strips": 1.25}  # times faster it has to be, as it rounds more
 
 

@@ -14,6 +14,7 @@ from conftest import Pictures
 from PIL import Image
 
 import export
+import kernels
 import predict
 from export import METADATA_KEY, OnnxScorer, digest_entry, export_onnx
 from model import PyramidFlow, PyramidFlowConfig
@@ -61,6 +62,7 @@ def onnx_file(exported, tmp_path):
 
 
 def assert_same_maps(scorer, path):
+    kernels.up_matrix.cache_clear()  # as in a new process: what the export traces may not be kept
     export_onnx(scorer, path)
     exported = OnnxScorer(path)
     assert exported.image_size == scorer.image_size
