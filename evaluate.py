@@ -74,8 +74,8 @@ def main() -> None:
     write_json(folder / "result.json", rows[-1])
     if anew:
         last.save(folder / "scorer.pt")
-    figures.save_evaluation(folder / "pictures", test_set, scored[-1], last, args.proLimit)
-    given = (rows, vars(args), args.proLimit)
+    curves = figures.save_evaluation(folder / "pictures", test_set, scored[-1], last, args.proLimit)
+    given = (rows, vars(args), curves, args.proLimit)
     report.save_evaluation(folder / report.FILE, test_set, scored[-1], last, *given)
     log.info(result_table([(name, label(row), row) for row in rows], args.proLimit))
     log.info(f"\nPercent. Written to {folder}")

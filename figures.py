@@ -65,8 +65,8 @@ def choose_examples(test: list[TestImage]) -> list[int]:
 def save_evaluation(
     folder: Path, test_set: TestSet, scored: Scored, scorer: Scorer, pro_limit: float = PRO_LIMIT,
     shown: str = "test images",
-) -> None:  # fmt: skip
-    """Save panels of a few images of each kind, the histogram of image scores, and the curves.
+) -> list[Path]:  # fmt: skip
+    """Save panels of a few images of each kind, the histogram of image scores, and curves that are defined.
 
     Args:
         folder: made if it is not there.
@@ -74,6 +74,9 @@ def save_evaluation(
             the maps give the scale.  Its image template stands beside each image, if it has one.
         pro_limit: false-positive rate up to which PRO is taken.
         shown: what the images are.
+
+    Returns:
+        The files of curves.
     """
     truth, scale = test_set.truth, (scorer.calibration or distribution(scored)).color_scale()
     maps, scores = scored
@@ -88,11 +91,15 @@ def save_evaluation(
         title = f"{test_set.data.name}, {test_image.kind}/{test_image.path.name}"
         save_panel(path, title, image, template, maps[i], scale, mask)
     save_histogram(folder / "histogram.png", scores, truth.defective, scorer.calibration, shown)
+    rankings = {"images": Ranking(scores[~truth.defective], scores[truth.defective])}
     if truth.masks is not None:
-        pixels = Ranking.of_pixels(maps, truth)
-        images = Ranking(scores[~truth.defective], scores[truth.defective])
-        if pixels.defined:
-            save_roc_and_pro(folder / "roc_pro.png", images, pixels, truth.region_shares, pro_limit)
+        rankings["pixels"] = Ranking.of_pixels(maps, truth)
+    rankings = {name: ranking for name, ranking in rankings.items() if ranking.defined}
+    if not rankings:
+        return []
+    shares = truth.region_shares if "pixels" in rankings else None
+    save_roc_and_pro(folder / "roc_pro.png", rankings, shares, pro_limit)
+    return [folder / "roc_pro.png"]
 
 
 def _example_name(path: Path) -> str:
@@ -169,29 +176,32 @@ def save_histogram(
 
 
 def save_roc_and_pro(
-    path: Path, images: Ranking, pixels: Ranking, region_shares: Tensor, pro_limit: float = PRO_LIMIT
+    path: Path, rankings: dict[str, Ranking], region_shares: Tensor | None, pro_limit: float = PRO_LIMIT
 ) -> None:
-    """Save ROC, per-region overlap over the share of good pixels, and precision over recall.
+    """Save ROC, precision over recall and, of pixels, per-region overlap over the share of good ones.
 
     Args:
-        images: left out if undefined.
-        region_shares: (P,) float64, what each defective pixel counts for PRO.
+        rankings: of "images", of "pixels", or of both.
+        region_shares: (P,) float64, what each defective pixel counts for PRO; None without pixels.
     """
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    roc, pro, precision_recall = figure.subplots(1, 3)
-    for name, items in {"pixels": pixels, "images": images}.items():
-        if items.defined:
-            _plot(roc, *items.curve(), f"{name}: area {items.auroc():.4f}")
-            precision, recall = items.precision_recall()
-            label = f"{name}: AP {items.average_precision():.4f}"  # the area under the steps
-            _plot(precision_recall, recall, precision, label, drawstyle="steps-post")
-    _plot(pro, *pixels.curve(region_shares), f"PRO: area {pixels.area(region_shares, 1.0):.4f}")
-    limited = pixels.area(region_shares, pro_limit)
-    pro.axvspan(0, pro_limit, alpha=0.15, label=f"PRO@{pro_limit:g}: {limited:.4f}")
+    count = 3 if "pixels" in rankings else 2
+    figure = Figure(figsize=(13 * count / 3, 3.8), layout="constrained")
+    roc, precision_recall, *pro = figure.subplots(1, count)
+    for name, items in rankings.items():
+        color = {"images": "tab:orange", "pixels": "tab:blue"}[name]
+        _plot(roc, *items.curve(), f"{name}: area {items.auroc():.4f}", color=color)
+        precision, recall = items.precision_recall()
+        label = f"{name}: AP {items.average_precision():.4f}"  # the area under the steps
+        _plot(precision_recall, recall, precision, label, color=color, drawstyle="steps-post")
     roc.set(title="ROC", xlabel="false-positive rate", ylabel="true-positive rate")
-    pro.set(title="PRO", xlabel="false-positive rate", ylabel="mean overlap with defect regions")
     precision_recall.set(title="precision-recall", xlabel="recall", ylabel="precision")
-    for axes in (roc, pro, precision_recall):
+    for axes in pro:
+        pixels = rankings["pixels"]
+        _plot(axes, *pixels.curve(region_shares), f"PRO: area {pixels.area(region_shares, 1.0):.4f}")
+        limited = pixels.area(region_shares, pro_limit)
+        axes.axvspan(0, pro_limit, alpha=0.15, label=f"PRO@{pro_limit:g}: {limited:.4f}")
+        axes.set(title="PRO", xlabel="false-positive rate", ylabel="mean overlap with defect regions")
+    for axes in (roc, precision_recall, *pro):
         axes.set(xlim=(0, 1), ylim=(0, 1.01))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="lower left" if axes is precision_recall else "lower right")
@@ -199,14 +209,9 @@ def save_roc_and_pro(
 
 
 def _plot(axes: Axes, x: Tensor | np.ndarray, y: Tensor | np.ndarray, label: str, **options) -> None:
-    """Draw a curve of any number of points, thinned out."""
-    axes.plot(*thinned(CURVE_POINTS, x, y), label=label, **options)
-
-
-def thinned(count: int, *curve: Tensor | np.ndarray) -> list[np.ndarray]:
-    """So many points of a curve, evenly chosen."""
-    chosen = np.unique(np.linspace(0, len(curve[0]) - 1, count).astype(int))
-    return [torch.as_tensor(values).cpu().numpy()[chosen] for values in curve]
+    """Draw a curve of any number of points, thinned out evenly."""
+    chosen = np.unique(np.linspace(0, len(x) - 1, CURVE_POINTS).astype(int))
+    axes.plot(*(torch.as_tensor(values).cpu().numpy()[chosen] for values in (x, y)), label=label, **options)
 
 
 def save_curves(path: Path, rows: list[dict], pro_limit: float = PRO_LIMIT) -> None:

@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 import figures
-from metrics import METRICS, PRO_LIMIT, TABLE_METRICS, Ranking, metric_labels
+from metrics import METRICS, PRO_LIMIT, metric_labels
 from scorer import Scorer, TestSet
 from util import describe_environment, percent, write_text
 from verdict import Scored, Thresholds, distribution, resize_image
@@ -34,8 +34,8 @@ THUMBNAIL, MAP_THUMBNAIL = 160, 96  # pixels of the longer side; a map is smooth
 # 1,000 images stay below 30 MB: image, overlay and map of so many bytes at most, times 4/3 for base64.
 PICTURE_BYTES, QUALITIES = 6000, (80, 65, 50, 35, 20)
 MOST_TILES = 1000  # beyond, those with the highest scores; counts are of all images
-BINS, CURVE_POINTS = 40, 300
-WIDTH, HEIGHT = 320, 220  # of a chart, in its own units
+BINS = 40
+WIDTH, HEIGHT = 320, 206  # of the histogram, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 48, 310, 12, 184  # of what is drawn in it
 
 
@@ -56,7 +56,7 @@ def jpeg_uri(image: np.ndarray) -> str:
         Image.fromarray(image).save(buffer, format="jpeg", quality=quality, optimize=True)
         if buffer.tell() <= PICTURE_BYTES:
             break
-    return _uri("jpeg", buffer)
+    return _uri("jpeg", buffer.getvalue())
 
 
 def mask_uri(mask: np.ndarray, size: tuple[int, int]) -> str:
@@ -64,11 +64,11 @@ def mask_uri(mask: np.ndarray, size: tuple[int, int]) -> str:
     picture, buffer = Image.fromarray(np.uint8(255) * mask), io.BytesIO()
     small = picture.resize(size, Image.Resampling.BOX).point(lambda v: 255 * (v > 0))  # no region vanishes
     small.convert("1").save(buffer, format="png", optimize=True)
-    return _uri("png", buffer)
+    return _uri("png", buffer.getvalue())
 
 
-def _uri(kind: str, buffer: io.BytesIO) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def colored(scores: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
@@ -89,121 +89,6 @@ def text(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(map(text, value))
     return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-# -------------------------------------------------------------------------------------- charts
-
-
-@dataclass
-class Chart:
-    """A chart of lines, in the coordinates of its SVG.
-
-    Attributes:
-        lines: (label, points).
-        ticks: of x and y, (coordinate, label).
-        dot: "roc" or "pr" where the threshold is a point of the chart.
-    """
-
-    title: str
-    x_label: str
-    y_label: str
-    lines: list[tuple[str, str]]
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    dot: str = ""
-    shaded: float | None = None
-
-
-def line_chart(
-    title: str,
-    x_label: str,
-    y_label: str,
-    lines: list[tuple[str, np.ndarray, np.ndarray]],
-    x_range: tuple[float, float] = (0.0, 1.0),
-    y_range: tuple[float, float] = (0.0, 1.0),
-    integer: bool = False,
-    **options,
-) -> Chart:
-    """Lay lines (label, x, y) out; ranges are widened if they are empty."""
-    x_range, y_range = _not_empty(x_range), _not_empty(y_range)
-    drawn = [(label, _points(_place(x, x_range, LEFT, RIGHT), _place(y, y_range, BOTTOM, TOP)))
-             for label, x, y in lines]  # fmt: skip
-    x_ticks = _ticks(x_range, LEFT, RIGHT, integer)
-    return Chart(title, x_label, y_label, drawn, x_ticks, _ticks(y_range, BOTTOM, TOP), **options)
-
-
-def _not_empty(given: tuple[float, float]) -> tuple[float, float]:
-    low, high = given
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
-
-
-def _place(values: np.ndarray, given: tuple[float, float], start: float, end: float) -> np.ndarray:
-    low, high = given
-    return start + (np.asarray(values, dtype=float) - low) / (high - low) * (end - start)
-
-
-def _ticks(given: tuple[float, float], start: float, end: float, integer=False) -> list[tuple[float, str]]:
-    values = MaxNLocator(4, integer=integer).tick_values(*given)
-    margin = 1e-9 * (given[1] - given[0])
-    values = [v for v in values if given[0] - margin <= v <= given[1] + margin]
-    return [(round(float(_place(v, given, start, end)), 1), f"{v:.4g}") for v in values]
-
-
-def _points(x: np.ndarray, y: np.ndarray) -> str:
-    pairs = dict.fromkeys(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-    return " ".join(pairs)  # points that cannot be told apart are one
-
-
-def _steps(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each y goes on to the next x, as the average precision counts."""
-    return np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]
-
-
-def metric_charts(test_set: TestSet, scored: Scored, pro_limit: float = PRO_LIMIT) -> list[Chart]:
-    """ROC, PRO and precision-recall, as far as labels and masks define them."""
-    truth, (maps, scores) = test_set.truth, scored
-    rankings = {"images": Ranking(scores[~truth.defective], scores[truth.defective])}
-    if truth.masks is not None:
-        rankings["pixels"] = Ranking.of_pixels(maps, truth)
-    rankings = {name: ranking for name, ranking in rankings.items() if ranking.defined}
-    if not rankings:
-        return []
-    roc, precision_recall = [], []
-    for name, ranking in rankings.items():
-        roc.append((f"{name}: area {ranking.auroc():.4f}", *figures.thinned(CURVE_POINTS, *ranking.curve())))
-        precision, recall = ranking.precision_recall()
-        label = f"{name}: AP {ranking.average_precision():.4f}"
-        precision_recall.append((label, *_steps(*figures.thinned(CURVE_POINTS, recall, precision))))
-    dots = ("roc", "pr") if "images" in rankings else ("", "")
-    charts = [line_chart("ROC", "false-positive rate", "true-positive rate", roc, dot=dots[0])]
-    if "pixels" in rankings:
-        pixels, shares = rankings["pixels"], truth.region_shares
-        limited = f"up to {pro_limit:g}: {pixels.area(shares, pro_limit):.4f}"
-        line = (
-            f"area {pixels.area(shares, 1.0):.4f}, {limited}",
-            *figures.thinned(CURVE_POINTS, *pixels.curve(shares)),
-        )
-        shaded = float(_place(np.float64(pro_limit), (0.0, 1.0), LEFT, RIGHT))
-        charts.append(line_chart("PRO", "false-positive rate", "mean overlap", [line], shaded=shaded))
-    return [*charts, line_chart("Precision-recall", "recall", "precision", precision_recall, dot=dots[1])]
-
-
-def epoch_charts(rows: list[dict], pro_limit: float = PRO_LIMIT) -> list[Chart]:
-    """Loss and metrics over the epochs of a run; none of fewer than two."""
-    if len(rows) < 2:
-        return []
-    epochs = np.array([row["epoch"] for row in rows])
-    loss = np.array([row["loss"] for row in rows])
-    labels, limits = metric_labels(pro_limit), (float(epochs[0]), float(epochs[-1]))
-    lines = [(labels[key], epochs, np.array([row[key] for row in rows]))
-             for key in TABLE_METRICS if None not in [row[key] for row in rows]]  # fmt: skip
-    charts = [line_chart("Training loss", "epoch", "loss", [("loss", epochs, loss)], limits,
-                         (loss.min(), loss.max()), integer=True)]  # fmt: skip
-    if lines:
-        lowest = min(float(values.min()) for _, _, values in lines)
-        scale = (min(lowest, 0.99), 1.0)
-        charts.append(line_chart("Test metrics", "epoch", "", lines, limits, scale, integer=True))
-    return charts
 
 
 # -------------------------------------------------------------------------------------- report
@@ -276,7 +161,7 @@ class Report:
 
     def save(
         self, path: Path, sections: dict[str, dict], environment: Iterable[str] = (),
-        table: tuple[list[str], list[list[str]]] | None = None, charts: Sequence[Chart] = (),
+        table: tuple[list[str], list[list[str]]] | None = None, curves: Sequence[Path] = (),
         template: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         """Write the page, whole or not at all.
@@ -285,6 +170,7 @@ class Report:
             sections: settings by title.
             environment: versions and hardware, a line each.
             table: header and rows of the metrics.
+            curves: .png files.
             template: uint8 (h,w,3), the image template.
 
         Raises:
@@ -307,7 +193,8 @@ class Report:
         shown = {title: {name: text(value) for name, value in given.items()} for title, given in sections.items()}
         page = _page_template().render(
             title=text(self.title), data=data, sections=shown, environment=[text(x) for x in environment],
-            table=table, charts=charts, histogram=_histogram(items, low, high, labeled),
+            table=table, curves=[_uri("png", curve.read_bytes()) for curve in curves],
+            histogram=_histogram(items, low, high, labeled),
             presets={name: float(value) for name, value in self.presets.items()}, labeled=labeled,
             kinds=sorted({item[2] for item in items}), group=self.group,
             views=list(dict.fromkeys(name for item in items for name in item[4] or ())),
@@ -360,8 +247,16 @@ def _histogram(items: list[tuple], low: float, high: float, labeled: bool) -> di
             bars.append([round(float(v), 2) for v in (x, top, width - 0.6, unit * count[i])] + [name])
         below = below + count
     sizes = {name: len(scores) for name, scores in groups.items()}
-    x_ticks, y_ticks = (_ticks((low, high), LEFT, RIGHT), _ticks((0, highest), BOTTOM, TOP, integer=True))
+    x_ticks, y_ticks = _ticks((low, high), (LEFT, RIGHT)), _ticks((0, highest), (BOTTOM, TOP), integer=True)
     return {"bars": bars, "sizes": sizes, "x_ticks": x_ticks, "y_ticks": y_ticks}
+
+
+def _ticks(values: tuple[float, float], places: tuple[float, float], integer=False) -> list[tuple[float, str]]:
+    """(place, label) of a few round values between two, which have places in the histogram."""
+    (low, high), ticks = values, MaxNLocator(4, integer=integer).tick_values(*values)
+    margin = 1e-9 * (high - low)
+    ticks = [v for v in ticks if low - margin <= v <= high + margin]
+    return [(round(float(np.interp(v, values, places)), 1), f"{v:.4g}") for v in ticks]
 
 
 def metric_table(rows: list[dict], pro_limit: float = PRO_LIMIT) -> tuple[list[str], list[list[str]]]:
@@ -375,14 +270,15 @@ def metric_table(rows: list[dict], pro_limit: float = PRO_LIMIT) -> tuple[list[s
 
 def save_evaluation(
     path: Path, test_set: TestSet, scored: Scored, scorer: Scorer, rows: list[dict], settings: dict,
-    pro_limit: float = PRO_LIMIT, shown: str = "test images",
+    curves: Sequence[Path], pro_limit: float = PRO_LIMIT, shown: str = "test images",
 ) -> None:  # fmt: skip
     """Write the report of a run or of an evaluation.
 
     Args:
         scored: maps and scores of all test images.
-        rows: of metrics.csv; of several epochs, they are drawn.
+        rows: of metrics.csv.
         settings: flags of the command.
+        curves: .png files.
         pro_limit: false-positive rate up to which PRO is taken.
         shown: what the images are.
     """
@@ -402,13 +298,12 @@ def save_evaluation(
         arguments = (float(scores[i]), test_set.images[i], maps[i].numpy(), masks)
         page.add(Path(image.path.name), image.kind, image.defective, *arguments)
     template = scorer.image_template()
-    drawn = [row for row in rows if row["score"] == rows[-1]["score"] and row.get("loss") is not None]
     page.save(
         path,
         _sections(scorer, settings),
         describe_environment(scorer.device),
         metric_table(rows, pro_limit),
-        metric_charts(test_set, scored, pro_limit) + epoch_charts(drawn, pro_limit),
+        curves,
         None if template is None else figures.to_picture(template),
     )
 

@@ -204,9 +204,9 @@ class Run:
         if not self.log:
             return
         pictures, rows, limit = self.folder / "pictures", self._rows(self.args.score), self.args.proLimit
-        figures.save_evaluation(pictures, test_set, scored, drawn, limit, shown)
+        curves = figures.save_evaluation(pictures, test_set, scored, drawn, limit, shown)
         figures.save_curves(pictures / "curves.png", rows, limit)
-        given = (self.state.rows, vars(self.args), limit, shown)
+        given = (self.state.rows, vars(self.args), [*curves, pictures / "curves.png"], limit, shown)
         report.save_evaluation(self.folder / report.FILE, test_set, scored, drawn, *given)
         for path in sorted(pictures.rglob("*.png")) if self._board else ():
             name = str(path.relative_to(pictures).with_suffix(""))

@@ -81,7 +81,8 @@ def test_examples_are_spread_over_each_kind():
 def test_an_evaluation_has_panels_histogram_and_curves(tmp_path):
     test_set, scored = make_test_set(["good"] * 5 + ["hole"] * 2)
     scorer = ScorerStub(distribution(Scored(*(x[:5] for x in scored))))
-    figures.save_evaluation(tmp_path / "figures", test_set, scored, scorer)
+    curves = figures.save_evaluation(tmp_path / "figures", test_set, scored, scorer)
+    assert curves == [tmp_path / "figures" / "roc_pro.png"]
     panels = ["good/000_png.png", "good/002_png.png", "good/004_png.png"]
     panels += ["hole/005_png.png", "hole/006_png.png"]
     assert files_in(tmp_path / "figures") == {*panels, "histogram.png", "roc_pro.png"}
@@ -93,7 +94,9 @@ def test_what_is_not_known_is_left_out(tmp_path):
     kinds = ["good", "hole"]
     figures.save_evaluation(tmp_path / "all", *make_test_set(kinds), ScorerStub())
     figures.save_evaluation(tmp_path / "few", *make_test_set(kinds, masks=False), ScorerStub(None, False))
-    assert files_in(tmp_path / "all") - files_in(tmp_path / "few") == {"roc_pro.png"}
+    assert files_in(tmp_path / "all") == files_in(tmp_path / "few")
+    wide, narrow = (read_image(tmp_path / x / "roc_pro.png").shape[1] for x in ("all", "few"))
+    assert narrow == pytest.approx(2 / 3 * wide, abs=2)  # no PRO without masks
     wide, narrow = (read_image(tmp_path / x / "hole" / "001_png.png").shape[1] for x in ("all", "few"))
     assert narrow < 0.6 * wide  # two pictures instead of four
 
@@ -141,18 +144,17 @@ def test_curves_of_many_points_are_thinned_out_and_keep_their_ends(monkeypatch):
     monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
     torch.manual_seed(0)
     pixels = Ranking(torch.rand(100_000), torch.rand(10_000) + 0.5)
-    nothing = Ranking(torch.zeros(0), torch.rand(3))
     shares = torch.full((10_000,), 1e-4, dtype=torch.float64)
-    figures.save_roc_and_pro(Path("x"), nothing, pixels, shares, pro_limit=0.1)
+    figures.save_roc_and_pro(Path("x"), {"pixels": pixels}, shares, pro_limit=0.1)
     (figure,) = drawn
-    assert [axes.get_title() for axes in figure.axes] == ["ROC", "PRO", "precision-recall"]
-    for axes, start, end in zip(figure.axes, [(0, 0), (0, 0), None], [(1, 1), (1, 1), (0, 1)], strict=True):
-        (line,) = axes.lines  # images are undefined here
+    assert [axes.get_title() for axes in figure.axes] == ["ROC", "precision-recall", "PRO"]
+    for axes, start, end in zip(figure.axes, [(0, 0), None, (0, 0)], [(1, 1), (0, 1), (1, 1)], strict=True):
+        (line,) = axes.lines
         points = line.get_xydata()
         assert len(points) <= figures.CURVE_POINTS
         assert start is None or tuple(points[0]) == start
         assert tuple(points[-1]) == pytest.approx(end)
-    labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    labels = [text.get_text() for text in figure.axes[2].get_legend().get_texts()]
     assert labels[1] == f"PRO@0.1: {pixels.area(shares, 0.1):.4f}"
 
 
@@ -161,8 +163,8 @@ def test_the_area_under_the_drawn_steps_is_the_average_precision(monkeypatch):
     monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
     torch.manual_seed(0)
     items = Ranking(torch.rand(300), torch.rand(100) + 0.3)
-    figures.save_roc_and_pro(Path("x"), items, items, torch.full((100,), 0.01, dtype=torch.float64))
-    recall, precision = drawn[0].axes[2].lines[0].get_data()
+    figures.save_roc_and_pro(Path("x"), {"images": items}, None)
+    recall, precision = drawn[0].axes[1].lines[0].get_data()
     area = -np.sum(np.diff(recall) * precision[:-1])
     assert area == pytest.approx(items.average_precision())
 
