@@ -67,21 +67,24 @@ class _ScaleAndShift(torch.autograd.Function):
         scale = _empty_like(raw[:, :channels], _at_least_float32(raw))
         ctx.dims = mean if isinstance(mean, tuple) else None
         in_table = raw.dtype == torch.bfloat16 and not raw.is_cuda and "AMX" not in cpu_features()
-        if in_table and not ctx.dims:
-            table = _log_scales().exp()
-            for into, part, factor in _strips(scale, raw, (-mean).exp()):
-                torch.mul(_look_up(table, part[..., :channels]), factor, out=into)
-        else:
+        if ctx.dims:  # of the whole map, so that exp(b - mean) takes a second pass
             for into, part in _strips(scale, raw):
                 s0 = part[..., :channels]
                 if in_table:
                     into.copy_(_look_up(_log_scales(), s0))
                 else:
                     _log_scale_(into.copy_(s0))
-            if ctx.dims:
-                mean = _mean_over(ctx.dims, scale)
+            mean = _mean_over(ctx.dims, scale)
             for into, mean_part in _strips(scale, mean):
                 into.sub_(mean_part).exp_()
+        else:
+            table = _log_scales().exp() if in_table else None
+            for into, part, factor in _strips(scale, raw, (-mean).exp()):
+                s0 = part[..., :channels]
+                if in_table:
+                    torch.mul(_look_up(table, s0), factor, out=into)
+                else:
+                    _log_scale_(into.copy_(s0)).exp_().mul_(factor)
         ctx.save_for_backward(raw, scale)
         ctx.mark_non_differentiable(mean)
         return scale, raw[:, channels:], mean
