@@ -298,11 +298,10 @@ def bank_layout(templates: Tensor) -> Tensor:
 
 
 def compose_maps(levels: Tensors) -> Tensor:
-    """`model.LaplacianPyramid.compose` of many maps, L levels (B,K,H/2^i,W/2^i), as matrix products."""
+    """`model.LaplacianPyramid.compose`, its twin, of L levels (B,K,H/2^i,W/2^i), as matrix products."""
     x = levels[-1].flatten(0, 1)
-    matrix = up_matrix.__wrapped__ if torch.compiler.is_compiling() else up_matrix  # what is traced is no number
     for level in levels[-2::-1]:
-        down, across = (matrix(n, x.dtype, x.device) for n in x.shape[1:])
+        down, across = (up_matrix(n, x.dtype, x.device) for n in x.shape[1:])
         wide = x @ across.T
         x = torch.baddbmm(level.flatten(0, 1), down.expand(x.shape[0], -1, -1), wide)
     return x.unflatten(0, levels[0].shape[:2])

@@ -217,7 +217,7 @@ class Scorer(Inspector):
         if self.config.contrast == "composed":
             latents, templates = ((self.model.pyramid.compose(x),) for x in (latents, templates))
         pairs = zip(latents, templates, strict=True)
-        return kernels.compose_maps(tuple(kernels.template_distances(z, t) for z, t in pairs))
+        return self.model.pyramid.compose_maps(tuple(kernels.template_distances(z, t) for z, t in pairs))
 
     def _whitened(self, latents: Tensors) -> Tensors:
         if self.sigma is None:

@@ -10,6 +10,7 @@ images, at --precision; a ratio is the median of the paired ratios of all rounds
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import subprocess
 import sys
@@ -42,13 +43,14 @@ def compare(args: argparse.Namespace, device: torch.device) -> str:
     """Markdown of both trees' times."""
     precision, rows = choose_precision(args.precision, device), []
     for model, job in itertools.product(args.model, JOBS):
-        trees = [Worker(tree, model, job, precision, str(device)) for tree in (args.tree, HERE)]
         times = [[], []]
-        for round_ in range(args.repeats + 1):
-            for i in (0, 1) if round_ % 2 else (1, 0):
-                times[i].append(trees[i].seconds())
-        for worker in trees:
-            worker.close()
+        with contextlib.ExitStack() as stack:
+            workers = [
+                stack.enter_context(Worker(tree, model, job, precision, str(device))) for tree in (args.tree, HERE)
+            ]
+            for round_ in range(args.repeats + 1):
+                for i in (1, 0) if round_ % 2 else (0, 1):
+                    times[i].append(workers[i].seconds())
         old, new = (seconds[1:] for seconds in times)  # the first round warms up
         ratios = [a / b for a, b in zip(new, old, strict=True)]
         cells = [f"{median(old):.4g}", f"{median(new):.4g}", f"{median(ratios):.3f}"]
@@ -84,7 +86,12 @@ class Worker:
         except (OSError, ValueError):
             raise InputError(f"{self._what}: failed as said above; choose another tree") from None
 
-    def close(self) -> None:
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        if kind is not None:  # it may be in the middle of a job
+            self._process.kill()
         self._process.communicate()
 
 

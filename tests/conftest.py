@@ -12,7 +12,7 @@ from PIL import Image
 import figures
 import train
 from dataset import read_image
-from util import run_script
+from util import atomic_path, run_script
 
 SIZE = 32
 
@@ -75,11 +75,28 @@ SMALL = ["--cls", "widget", "--encoder", "none", "--imageSize", 32, "--numLayer"
          "--precision", "fp32"]  # fmt: skip
 
 
+draw = figures._save
+
+
 @pytest.fixture(scope="session", autouse=True)
-def few_panels():
-    """They take longer than the trainings do."""
+def few_figures():
+    """Drawing takes longer than the trainings: few panels, and of figures with the same parts the first one."""
+    drawn = set()
+
+    def draw_once(figure, path):
+        parts = tuple(
+            (axes.get_title(), *(len(x) for x in (axes.lines, axes.images, axes.patches, axes.texts)))
+            for axes in figure.axes
+        )
+        if parts not in drawn:
+            drawn.add(parts)
+            return draw(figure, path)
+        with atomic_path(path) as temporary:
+            Image.new("RGB", [round(100 * x) for x in figure.get_size_inches()]).save(temporary, "png")
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "PANELS_PER_KIND", 1)
+        patch.setattr(figures, "_save", draw_once)
         yield
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import kernels
 import scorer
-from benchmarks import autoflow, compare, measuring, memory, speed
+from benchmarks import autoflow, compare, measuring, memory, speed, worker
 from benchmarks.measuring import CHAINS, AllocationRecorder
 from model import PyramidFlowConfig
 
@@ -158,7 +158,7 @@ def test_bad_flags(run_main, main, arguments, message):
 
 @pytest.mark.usefixtures("tiny_models")
 def test_the_table_of_steps(tmp_path, run_main):
-    flags = ["--model", "fnf", "res18", "--repeats", 2, "--gpu", "cpu", "--out", tmp_path]
+    flags = ["--model", "fnf", "res18", "--repeats", 1, "--gpu", "cpu", "--out", tmp_path]
     code, out, err = run_main(speed.main, ["step", *flags])
     assert code == 0, err
     for name in ("fnf", "res18"):
@@ -246,7 +246,7 @@ def test_peers_that_are_missing_have_a_row(monkeypatch):
 @pytest.mark.usefixtures("tiny_models")
 def test_a_tree_is_compared_with_itself(tmp_path, run_main, monkeypatch):
     """Each side is a process of its own, which imports from its tree."""
-    monkeypatch.setattr(compare, "JOBS", ("step, no saving", "inference"))
+    monkeypatch.setattr(compare, "JOBS", ("inference",))
     tree = tmp_path / "tree"
     (tree / "benchmarks").mkdir(parents=True)
     for path in (*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")):
@@ -260,15 +260,31 @@ def test_a_tree_is_compared_with_itself(tmp_path, run_main, monkeypatch):
     code, _, err = run_main(compare.main, [tree, *flags])
     assert code == 0, err
     rows = cells((tmp_path / "out" / "compare-cpu.md").read_text())[1:]
-    assert [row[:2] for row in rows] == [["fnf", "step, no saving"], ["fnf", "inference"]]
+    assert [row[:2] for row in rows] == [["fnf", "inference"]]
     assert all(float(x) > 0 for row in rows for x in row[2:5])
 
 
-def test_a_tree_that_cannot_do_the_job(tmp_path, run_main):
+@pytest.mark.usefixtures("tiny_models")
+@pytest.mark.parametrize("job", compare.JOBS)
+def test_each_job_of_a_comparison_can_be_done_again(job):
+    run, count = worker.present_job("fnf", job, "fp32", CPU)
+    run()
+    run()
+    assert count == 1  # by so many images its seconds are divided; the tiny models' batches have one
+
+
+def test_a_tree_that_cannot_do_the_job(tmp_path, run_main, monkeypatch):
+    """It is asked first; the other one, which would take its time, is stopped."""
     (tmp_path / "train.py").touch()
+    started, start = [], subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *args, **options: started.append(start(*args, **options)) or started[-1]
+    )
     code, _, err = run_main(compare.main, [tmp_path, "--gpu", "cpu", "--out", tmp_path / "out"])
     assert code == 2
     assert "failed as said above" in err.splitlines()[-1]
+    assert len(started) == 2
+    assert all(process.poll() for process in started)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

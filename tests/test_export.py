@@ -55,6 +55,14 @@ def exported(tmp_path_factory):
     return scorer, path
 
 
+@pytest.fixture(scope="module")
+def of_any_size(exported, tmp_path_factory):
+    """The same scorer in a file that takes images of any size."""
+    path = tmp_path_factory.mktemp("of_any_size") / "a.onnx"
+    export_onnx(exported[0], path, any_image_size=True)
+    return path
+
+
 @pytest.fixture
 def onnx_file(exported, tmp_path):
     """A copy of that file."""
@@ -62,8 +70,6 @@ def onnx_file(exported, tmp_path):
 
 
 def assert_same_maps(scorer, path):
-    kernels.up_matrix.cache_clear()  # as in a new process: what the export traces may not be kept
-    export_onnx(scorer, path)
     exported = OnnxScorer(path)
     assert exported.image_size == scorer.image_size
     for batch in (1, 3):
@@ -75,33 +81,42 @@ def assert_same_maps(scorer, path):
         assert (scores - expected.scores).abs().max() < 1e-4 * expected.scores.max()
 
 
-@pytest.mark.parametrize(  # each two of the three together
-    ("encoder", "volume_norm", "num_level"),
+BANKS = [ScoreOptions("bank", *given) for given in ((3, True, 4.0), (3, False, 0.0), (1, True, 0.0))]
+
+
+@pytest.mark.parametrize(  # each two of encoder, norm and 2 or 4 levels together; each bank with each contrast
+    ("encoder", "volume_norm", "num_level", "options", "changes"),
     [
-        ("none", "CVN", 2),
-        ("none", "SVN", 4),
-        ("none", "CVN", 8),
-        ("resnet18", "SVN", 2),
-        ("resnet18", "CVN", 4),
-        ("resnet18", "SVN", 8),
+        ("none", "CVN", 2, BANKS[0], {"image_size": (256, 256)}),  # that of the masks already
+        ("none", "SVN", 4, BANKS[0], {"contrast": "composed"}),
+        ("none", "CVN", 8, BANKS[1], {}),
+        ("resnet18", "SVN", 2, BANKS[1], {"contrast": "composed"}),
+        ("resnet18", "SVN", 6, BANKS[2], {"contrast": "composed"}),
+        ("none", "SVN", 2, BANKS[2], {}),
+        ("resnet18", "CVN", 4, None, {}),
     ],
 )
-def test_onnxruntime_gives_the_same_maps_for_any_batch(tmp_path, encoder, volume_norm, num_level):
-    assert_same_maps(make_scorer(encoder, volume_norm, num_level), tmp_path / "a.onnx")
-
-
-@pytest.mark.parametrize("contrast", ["latent", "composed"])
-@pytest.mark.parametrize(
-    "options",
-    [ScoreOptions("bank", 3, True, 4.0), ScoreOptions("bank", 3, False, 0.0), ScoreOptions("bank", 1, True, 0.0)],
-)
-def test_the_bank_is_in_the_graph(tmp_path, options, contrast):
-    assert_same_maps(make_scorer(options=options, contrast=contrast), tmp_path / "a.onnx")
-
-
-def test_maps_that_have_the_masks_size_already(tmp_path):
-    scorer = make_scorer(options=ScoreOptions("bank", 2, True, 3.0), image_size=(256, 256))
+def test_onnxruntime_gives_the_same_maps_for_any_batch(
+    tmp_path, encoder, volume_norm, num_level, options, changes
+):
+    scorer = make_scorer(encoder, volume_norm, num_level, options, **changes)
+    export_onnx(scorer, tmp_path / "a.onnx")
     assert_same_maps(scorer, tmp_path / "a.onnx")
+
+
+def test_the_papers_score_is_the_same_too(exported):
+    assert_same_maps(*exported)
+
+
+def test_metrics_and_thresholds_travel_along_and_nothing_traced_is_kept(tmp_path):
+    scorer = make_scorer(options=BANKS[0])
+    scorer.calibration = Calibration([1.0, 2.0], np.linspace(0, 1, len(LEVELS)).tolist())
+    kernels.up_matrix.cache_clear()  # as in a new process
+    export_onnx(scorer, tmp_path / "a.onnx")
+    assert scorer.score(torch.zeros(1, 32, 64, 3, dtype=torch.uint8)).maps.isfinite().all()
+    exported = OnnxScorer(tmp_path / "a.onnx")
+    for name in ("metrics", "calibration", "class_name"):
+        assert getattr(exported, name) == getattr(scorer, name)
 
 
 def test_the_file_alone_is_enough(exported):
@@ -115,15 +130,6 @@ def test_the_file_alone_is_enough(exported):
     about = json.loads(session.get_modelmeta().custom_metadata_map["pyramidflow"])
     assert about["class"] == "widget"
     assert [p.name for p in exported[1].parent.iterdir()] == ["a.onnx"]
-
-
-def test_metrics_and_thresholds_travel_along(tmp_path):
-    scorer = make_scorer()
-    scorer.calibration = Calibration([1.0, 2.0], np.linspace(0, 1, len(LEVELS)).tolist())
-    export_onnx(scorer, tmp_path / "a.onnx")
-    exported = OnnxScorer(tmp_path / "a.onnx")
-    for name in ("metrics", "calibration", "class_name"):
-        assert getattr(exported, name) == getattr(scorer, name)
 
 
 def test_export_and_predict_from_the_command_line(trained, tmp_path, run_main):
@@ -204,13 +210,12 @@ def test_the_graph_resizes_as_pil_does(tmp_path, size):
     assert np.abs(resized.astype(int) - expected).max() <= (size != (32, 64))
 
 
-def test_images_of_any_size(tmp_path):
-    scorer = make_scorer()
-    export_onnx(scorer, tmp_path / "a.onnx", any_image_size=True)
+def test_images_of_any_size(exported, of_any_size):
+    scorer = exported[0]
     image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     smooth = resize_image(resize_image(image, (5, 7)), (50, 70))
-    score = session_of(tmp_path / "a.onnx").run(["score"], {"image": smooth[None]})[0]
-    verdict, expected = OnnxScorer(tmp_path / "a.onnx").inspect(smooth), scorer.inspect(smooth)
+    score = session_of(of_any_size).run(["score"], {"image": smooth[None]})[0]
+    verdict, expected = OnnxScorer(of_any_size).inspect(smooth), scorer.inspect(smooth)
     assert verdict.score == pytest.approx(expected.score, rel=1e-4)
     assert score[0] == pytest.approx(expected.score, rel=0.05)  # a step of 255 in some pixels
     assert (verdict.map.shape, verdict.peak) == ((50, 70), expected.peak)
@@ -280,12 +285,11 @@ def test_without_scores_of_good_images_the_export_needs_a_threshold(tmp_path):
 
 
 @pytest.mark.parametrize("any_image_size", [False, True])
-def test_the_sample_in_docs_needs_nothing_of_this_program(exported, onnx_file, tmp_path, any_image_size):
+def test_the_sample_in_docs_needs_nothing_of_this_program(exported, of_any_size, tmp_path, any_image_size):
     scorer, sample = exported[0], Path(export.__file__).parent / "docs" / "onnx_sample.py"
     assert len(sample.read_text(encoding="utf-8").splitlines()) <= 60
     shutil.copy(sample, tmp_path)
-    if any_image_size:
-        export_onnx(scorer, onnx_file, any_image_size=True)
+    shutil.copy(of_any_size if any_image_size else exported[1], tmp_path)
     image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     Image.fromarray(image).save(tmp_path / "image.png")
     command = [sys.executable, "-I", "onnx_sample.py", "a.onnx", "image.png"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import skimage.io
 import torch
+from conftest import draw
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -22,8 +23,9 @@ SIZE = 32
 
 
 @pytest.fixture(autouse=True)
-def as_many_panels_as_in_use(few_panels, monkeypatch):
+def as_many_figures_as_in_use(few_figures, monkeypatch):
     monkeypatch.setattr(figures, "PANELS_PER_KIND", 3)
+    monkeypatch.setattr(figures, "_save", draw)
 
 
 def make_test_set(kinds, names=None, masks=True):

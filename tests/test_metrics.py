@@ -50,13 +50,13 @@ def plain_aupro(maps, masks, limit):
     for threshold in np.unique(maps)[::-1]:
         x.append((good >= threshold).mean())
         y.append(np.mean([(region >= threshold).mean() for region in regions]))
-    grid = np.unique([*(v for v in x if v < limit), limit])
+    x, y = np.array(x), np.array(y)
+    grid = np.unique([*x[x < limit], limit])
     area = 0.0
     for a, b in itertools.pairwise(grid):
         # at a jump (equal x) the curve continues from its upper end and arrives at its lower end
-        ya = max(v for u, v in zip(x, y, strict=True) if u == a)
-        below = [k for k in range(len(x)) if x[k] <= a]
-        k = below[-1] + 1
+        ya = y[x == a].max()
+        k = np.flatnonzero(x <= a)[-1] + 1
         slope = (y[k] - ya) / (x[k] - a)
         area += (b - a) * (ya + ya + slope * (b - a)) / 2
     return area / limit

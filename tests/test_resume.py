@@ -1,6 +1,7 @@
 """A run that was stopped at any moment is resumed and ends where an uninterrupted one ends, to the bit."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -17,24 +18,40 @@ from scorer import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
-# Trains, and kills itself with SIGKILL in one of os.replace's calls (before or after it) or of training_loss's.
+# For each case a child that trains and kills itself with SIGKILL in one of os.replace's calls (before or after it)
+# or of training_loss's.  Children, because starting Python takes longer than the training.
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
+import sklearn.metrics, torch._dynamo  # which a training imports when it needs them
 import train
-target, number, moment = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-owner = {"replace": os, "training_loss": train}[target]
-original, calls = getattr(owner, target), []
-def killing(*arguments, **options):
-    calls.append(1)
-    if len(calls) == number and moment == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    result = original(*arguments, **options)
-    if len(calls) == number:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
-setattr(owner, target, killing)
-train.main(sys.argv[4:])
+for target, number, moment, *flags in json.loads(sys.argv[1]):
+    if child := os.fork():
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status == -signal.SIGKILL, (target, number, moment, status)
+        continue
+    owner = {"replace": os, "training_loss": train}[target]
+    original, calls = getattr(owner, target), []
+    def killing(*arguments, **options):
+        calls.append(1)
+        if len(calls) == number and moment == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*arguments, **options)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(owner, target, killing)
+    train.main(flags)
+    sys.exit()
 """
+CASES = [
+    ("training_loss", 2, "before"),  # in the first epoch
+    ("training_loss", 5, "after"),  # in the second
+    ("replace", 3, "before"),  # at the end of an epoch
+    ("replace", 4, "after"),  # while checkpoints are written
+    ("replace", 6, "before"),
+    ("replace", 8, "after"),
+    ("replace", 14, "before"),  # after the last epoch
+]
 
 
 @pytest.fixture(scope="module")
@@ -84,25 +101,18 @@ def assert_equal_content(x, y, where):
         assert x == y, where
 
 
-@pytest.mark.parametrize(
-    ("target", "number", "moment"),
-    [
-        ("training_loss", 2, "before"),  # in the first epoch
-        ("training_loss", 5, "after"),  # in the second
-        ("replace", 3, "before"),  # at the end of an epoch
-        ("replace", 4, "after"),  # while checkpoints are written
-        ("replace", 6, "before"),
-        ("replace", 8, "after"),
-        ("replace", 14, "before"),  # after the last epoch
-    ],
-)
-def test_killed_and_resumed_equals_uninterrupted(data, uninterrupted, tmp_path, target, number, moment):
-    command = [sys.executable, "-c", KILLED, target, str(number), moment]
-    killed = subprocess.run(
-        [*command, *flags(data, tmp_path / "runs", "--evalEvery", 2)], cwd=ROOT, capture_output=True, check=False
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    run = only_run(tmp_path / "runs")
+@pytest.fixture(scope="module")
+def killed(data, tmp_path_factory):
+    """The folders of the killed runs, in the order of `CASES`."""
+    places = [tmp_path_factory.mktemp("killed") for _ in CASES]
+    given = [(*case, *flags(data, place, "--evalEvery", 2)) for case, place in zip(CASES, places, strict=True)]
+    subprocess.run([sys.executable, "-c", KILLED, json.dumps(given)], cwd=ROOT, check=True)
+    return list(map(only_run, places))
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
+def test_killed_and_resumed_equals_uninterrupted(uninterrupted, killed, number):
+    run = killed[number]
     assert not (run / "result.json").exists()
     train.main(["--resume", str(run)])
     assert_same(run, uninterrupted)
