@@ -77,14 +77,13 @@ class _ScaleAndShift(torch.autograd.Function):
             mean = _mean_over(ctx.dims, scale)
             for into, mean_part in _strips(scale, mean):
                 into.sub_(mean_part).exp_()
-        else:
-            table = _log_scales().exp() if in_table else None
+        elif in_table:
+            table = _log_scales().exp()
             for into, part, factor in _strips(scale, raw, (-mean).exp()):
-                s0 = part[..., :channels]
-                if in_table:
-                    torch.mul(_look_up(table, s0), factor, out=into)
-                else:
-                    _log_scale_(into.copy_(s0)).exp_().mul_(factor)
+                torch.mul(_look_up(table, part[..., :channels]), factor, out=into)
+        else:
+            for into, part, mean_part in _strips(scale, raw, mean):
+                _log_scale_(into.copy_(part[..., :channels])).sub_(mean_part).exp_()
         ctx.save_for_backward(raw, scale)
         ctx.mark_non_differentiable(mean)
         return scale, raw[:, channels:], mean
