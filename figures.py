@@ -217,7 +217,7 @@ def _plot(axes: Axes, x: Tensor | np.ndarray, y: Tensor | np.ndarray, label: str
 def save_curves(path: Path, rows: list[dict], pro_limit: float = PRO_LIMIT) -> None:
     """Save loss and metrics over epochs, from the rows of metrics.csv."""
     epochs, labels = [row["epoch"] for row in rows], metric_labels(pro_limit)
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(epochs, [row["loss"] for row in rows], marker="o")
     left.set(title="training loss", xlabel="epoch")
