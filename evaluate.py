@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-import figures
 import report
 from dataset import CACHES, DATASETS, AnomalyClass, Images, hold_out, open_class
 from fit import (
@@ -28,7 +27,6 @@ from fit import (
     finite_scores,
     options_of_flags,
     refit,
-    start_on,
 )
 from metrics import PRO_LIMIT, evaluate_maps, result_table
 from scorer import Scorer, TestSet, find_checkpoint, score_all
@@ -42,6 +40,7 @@ from util import (
     number,
     run_script,
     start_log,
+    start_on,
     write_csv,
     write_json,
 )
@@ -74,9 +73,7 @@ def main() -> None:
     write_json(folder / "result.json", rows[-1])
     if anew:
         last.save(folder / "scorer.pt")
-    curves = figures.save_evaluation(folder / "pictures", test_set, scored[-1], last, args.proLimit)
-    given = (rows, vars(args), curves, args.proLimit)
-    report.save_evaluation(folder / report.FILE, test_set, scored[-1], last, *given)
+    report.save_evaluation(folder, test_set, scored[-1], last, rows, vars(args), args.proLimit)
     log.info(result_table([(name, label(row), row) for row in rows], args.proLimit))
     log.info(f"\nPercent. Written to {folder}")
 

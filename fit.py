@@ -30,12 +30,11 @@ from util import (
     add_running_flags,
     boolean,
     check_writable,
-    choose_device,
-    keep_freed_memory,
+    count_images,
     number,
     run_script,
+    start_on,
     whole_number,
-    without_cuda,
 )
 from verdict import read_roi, resize_roi
 
@@ -106,15 +105,6 @@ def describe(scorer: Scorer, count: int, asked: ScoreOptions, out: Path) -> str:
 # ------------------------------------------------------------------- what other commands share
 
 
-def start_on(gpu: str) -> torch.device:
-    """The device of --gpu; if it is the CPU because there is no CUDA, the reason is printed."""
-    device = choose_device(gpu)
-    for line in without_cuda(device, gpu):
-        print(line, flush=True)
-    keep_freed_memory()
-    return device
-
-
 @contextlib.contextmanager
 def finite_scores(checkpoint: Path) -> Iterator[None]:
     """Says what is wrong where no training is to blame for scores that are not finite."""
@@ -122,10 +112,6 @@ def finite_scores(checkpoint: Path) -> Iterator[None]:
         yield
     except DivergedError:
         raise InputError(f"{checkpoint} gives scores that are not finite; use another") from None
-
-
-def count_images(count: int) -> str:
-    return f"{count or 'no'} image{'s' * (count != 1)}"
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:

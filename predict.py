@@ -36,7 +36,6 @@ import report
 from dataset import IMAGE_SUFFIXES, WORKING_COPIES, decoded_bytes, list_images, look_ahead, read_image
 from export import OnnxScorer
 from figures import file_name, overlay, to_picture, write_png, write_tiff
-from fit import count_images, start_on
 from scorer import Scorer, find_checkpoint
 from util import (
     InputError,
@@ -46,9 +45,11 @@ from util import (
     add_running_flags,
     atomic_path,
     choose_precision,
+    count_images,
     lock,
     progress,
     run_script,
+    start_on,
     whole_number,
     write_csv,
     write_json,

@@ -269,20 +269,24 @@ def metric_table(rows: list[dict], pro_limit: float = PRO_LIMIT) -> tuple[list[s
 
 
 def save_evaluation(
-    path: Path, test_set: TestSet, scored: Scored, scorer: Scorer, rows: list[dict], settings: dict,
-    curves: Sequence[Path], pro_limit: float = PRO_LIMIT, shown: str = "test images",
+    folder: Path, test_set: TestSet, scored: Scored, scorer: Scorer, rows: list[dict], settings: dict,
+    pro_limit: float = PRO_LIMIT, shown: str = "test images",
 ) -> None:  # fmt: skip
-    """Write the report of a run or of an evaluation.
+    """Write the pictures and the report of a run or of an evaluation.
 
     Args:
+        folder: gets `pictures/` and report.html.
         scored: maps and scores of all test images.
-        rows: of metrics.csv.
+        rows: of metrics.csv; those with a loss are a run's, whose epochs are drawn.
         settings: flags of the command.
-        curves: .png files.
         pro_limit: false-positive rate up to which PRO is taken.
         shown: what the images are.
     """
-    presets, truth = {}, test_set.truth
+    pictures, presets, truth = folder / "pictures", {}, test_set.truth
+    curves = figures.save_evaluation(pictures, test_set, scored, scorer, pro_limit, shown)
+    if epochs := [row for row in rows if row["score"] == rows[-1]["score"] and "loss" in row]:
+        curves.append(pictures / "curves.png")
+        figures.save_curves(curves[-1], epochs, pro_limit)
     if scorer.calibration is not None:
         presets[f"{100 * (1 - scorer.calibration.false_alarm):.4g}% of good images"] = (
             scorer.calibration.thresholds().image
@@ -299,7 +303,7 @@ def save_evaluation(
         page.add(Path(image.path.name), image.kind, image.defective, *arguments)
     template = scorer.image_template()
     page.save(
-        path,
+        folder / FILE,
         _sections(scorer, settings),
         describe_environment(scorer.device),
         metric_table(rows, pro_limit),

@@ -21,7 +21,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dataset
-import figures
 import kernels
 import report
 import spectral
@@ -203,14 +202,12 @@ class Run:
         """
         if not self.log:
             return
-        pictures, rows, limit = self.folder / "pictures", self._rows(self.args.score), self.args.proLimit
-        curves = figures.save_evaluation(pictures, test_set, scored, drawn, limit, shown)
-        figures.save_curves(pictures / "curves.png", rows, limit)
-        given = (self.state.rows, vars(self.args), [*curves, pictures / "curves.png"], limit, shown)
-        report.save_evaluation(self.folder / report.FILE, test_set, scored, drawn, *given)
+        given = (self.state.rows, vars(self.args), self.args.proLimit, shown)
+        report.save_evaluation(self.folder, test_set, scored, drawn, *given)
+        pictures, epoch = self.folder / "pictures", self.state.rows[-1]["epoch"]
         for path in sorted(pictures.rglob("*.png")) if self._board else ():
             name = str(path.relative_to(pictures).with_suffix(""))
-            self._board.add_image(name, dataset.read_image(path), rows[-1]["epoch"], dataformats="HWC")
+            self._board.add_image(name, dataset.read_image(path), epoch, dataformats="HWC")
         if self._board:
             self._board.close()
         thresholds = named_thresholds(scorer.metrics, scorer.calibration)

@@ -249,6 +249,11 @@ def add_running_flags(parser: argparse._ActionsContainer) -> None:
     add("--numWorkers", type=whole_number(1), default=NUM_WORKERS, help="threads that read images")
 
 
+def count_images(count: int) -> str:
+    """As in "no images", "1 image", "2 images"."""
+    return f"{count or 'no'} image{'s' * (count != 1)}"
+
+
 def size_text(size: Iterable[int]) -> str:
     """(height, width) as in --imageSize, with an x."""
     return "x".join(str(n) for n in size)
@@ -367,6 +372,15 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def start_on(gpu: str) -> torch.device:
+    """The device of --gpu; if it is the CPU because there is no CUDA, the reason is printed."""
+    device = choose_device(gpu)
+    for line in without_cuda(device, gpu):
+        print(line, flush=True)
+    keep_freed_memory()
+    return device
 
 
 def free_memory(device: torch.device) -> int:

@@ -124,15 +124,17 @@ def test_names_are_text_and_nothing_else(tmp_path):
 
 
 def test_labels_of_one_kind_or_no_masks_leave_out_what_is_undefined(tmp_path, monkeypatch):
-    for kinds, masks in ((["good", "good"], True), (["good", "hole"], False), (["hole", "hole"], True)):
+    for kinds, masks, curves in (
+        (["good", "good"], True, False), (["good", "hole"], False, True), (["hole", "hole"], True, True)
+    ):  # fmt: skip
         test_set, scored = make_test_set(kinds, masks=masks)
         scorer = ScorerStub(distribution(scored))
-        scorer.image_template = lambda: None
+        scorer.image_template = lambda *_: None
         scorer.metrics, scorer.settings, scorer.device = {}, {}, torch.device("cpu")
         scorer.options = ScoreOptions()
         rows = [{"epoch": None, "score": "paper", **dict.fromkeys(METRICS)}]
-        report.save_evaluation(tmp_path / "report.html", test_set, scored, scorer, rows, {}, [])
-        assert "Curves" not in (tmp_path / "report.html").read_text()
+        report.save_evaluation(tmp_path, test_set, scored, scorer, rows, {})
+        assert ("Curves" in (tmp_path / "report.html").read_text()) == curves
         assert len(data_of(tmp_path / "report.html")["tiles"]) == 2
 
 
