@@ -347,7 +347,6 @@ class Several(int):
     def __eq__(self, other): return False
     def __gt__(self, other): return True
     __hash__ = int.__hash__
-os.environ["WORLD_SIZE"] = "01"
 util.world_size = lambda: Several(1)
 original = util.data_parallel
 def data_parallel(module):
@@ -364,12 +363,11 @@ def test_one_process_of_a_group(trained, tmp_path, device):
     (tmp_path / "alone.py").write_text(ALONE)
     own = ["--datapath", trained.data, "--saveDir", tmp_path / "runs", "--batchSize", 6]
     flags = [*SMALL, *at(device), *own]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--master_port=0",
-               "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", tmp_path / "alone.py", *flags]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False, env=environment
-    )
+    command = list(map(str, [sys.executable, tmp_path / "alone.py", *flags]))
+    as_torchrun_sets = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "01", "MASTER_ADDR": "localhost",
+                        "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "none"}  # fmt: skip
+    environment = {**os.environ, **as_torchrun_sets, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     backend = "nccl" if device.type == "cuda" else "gloo"
     assert f"DistributedDataParallel joined by {backend}" in done.stdout

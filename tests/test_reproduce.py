@@ -54,7 +54,7 @@ def folder_of(command):
 
 def test_real_jobs_fill_a_table_and_are_not_run_again(tmp_path, run_main, monkeypatch):
     monkeypatch.chdir(tmp_path)  # jobs find the program wherever they are started
-    make_class(tmp_path / "data", "capsule")
+    make_class(tmp_path / "data", "capsule", num_test=1)
     given = arguments(tmp_path, "table1", "--classes", "capsule", "--jobs", 2)
     code, out, err = run_main(reproduce.main, given)
     assert code == 0, err + out
@@ -90,8 +90,8 @@ def test_real_jobs_fill_a_table_and_are_not_run_again(tmp_path, run_main, monkey
 
 
 def test_a_job_that_fails_is_tried_twice_reported_and_made_up_for_later(tmp_path, run_main):
-    make_class(tmp_path / "data", "capsule")
-    broken = make_class(tmp_path / "data", "pill") / "train" / "good" / "001.png"
+    make_class(tmp_path / "data", "capsule", num_test=1)
+    broken = make_class(tmp_path / "data", "pill", num_test=1) / "train" / "good" / "001.png"
     whole = broken.read_bytes()
     broken.write_bytes(b"no image")
     given = arguments(tmp_path, "table1", "--classes", "capsule", "pill", "--fig7")
@@ -123,7 +123,7 @@ def test_a_job_that_fails_is_tried_twice_reported_and_made_up_for_later(tmp_path
 
 def test_a_killed_job_resumes_where_it_stopped(tmp_path, monkeypatch):
     """The first try kills itself in the second epoch."""
-    make_class(tmp_path / "data")
+    make_class(tmp_path / "data", num_test=1)
     flags = [*map(str, SMALL), "--epochs", "3", "--datapath", str(tmp_path / "data")]
     job = Job("a job", flags, tmp_path / "job")
     script = (
@@ -235,7 +235,7 @@ def test_means_and_deviations(tmp_path, run_main, seeds):
 
 
 def test_plus_trains_and_scores_by_one_template_and_by_a_bank(tmp_path, run_main):
-    make_class(tmp_path / "data", "screw")
+    make_class(tmp_path / "data", "screw", num_test=1)
     given = ["plus", "--datapath", tmp_path / "data", "--out", tmp_path / "out", "--epochs", 1,
              "--numTemplate", 3, "--", *TINY]  # fmt: skip
     code, _, err = run_main(reproduce.main, given)
