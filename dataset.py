@@ -333,8 +333,8 @@ def recognize(datapath: Path, dataset: str = "auto") -> str:
     """
     if not datapath.is_dir():
         raise InputError(
-            f"--datapath {datapath} is not a folder; get MVTec AD from {MVTEC_HOME} and unpack it there, "
-            "or try `make demo`, which needs no download"
+            f"--datapath {datapath} is not a folder; give one that holds class folders, or get MVTec AD from "
+            f"{MVTEC_HOME} and unpack it there; `make demo` needs no download"
         )
     if dataset == "visa" and not (datapath / VISA_SPLIT).is_file():
         raise InputError(f"--dataset visa: no {VISA_SPLIT} in {datapath}; pass VisA's own folder")
@@ -583,6 +583,8 @@ def _open(path: Path, decode: bool = True) -> Image.Image:
             if _orientation(image) != 1:
                 ImageOps.exif_transpose(image, in_place=True)
             return image
+    except FileNotFoundError:
+        raise InputError(f"no image {path}; choose a file that is there") from None
     except UnidentifiedImageError:
         raise InputError(f"cannot read image {path} (empty, or no image); repair or remove it") from None
     except Exception as error:  # PIL's decoders raise nearly anything on damaged files

@@ -54,6 +54,7 @@ def main() -> None:
     stored = Scorer.load(args.checkpoint, device, args.precision)
     name = choose_class(args, stored)
     anew = any((args.score, args.imageScore, args.mapSize, args.roi))
+    args.datapath = args.datapath or Path(str(stored.settings.get("datapath", "../mvtec_anomaly_detection")))
     data = open_class(args.datapath, name, args.dataset, need_train=anew)
     data = hold_out(data, stored.settings.get("holdout", 0), stored.settings.get("seed", 0))
     with finite_scores(args.checkpoint):
@@ -83,8 +84,8 @@ def parse_arguments() -> argparse.Namespace:
     add_checkpoint(parser)
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--datapath", type=Path, default=Path("../mvtec_anomaly_detection"),
-        help="folder of the class's folder",
+        "--datapath", type=Path,
+        help="folder of the class's folder, if it is not the one of the training",
     )  # fmt: skip
     group.add_argument("--dataset", choices=DATASETS, default="auto", help="layout of the data")
     group.add_argument("--cls", help="class in --datapath, if it is not the checkpoint's")

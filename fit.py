@@ -46,6 +46,8 @@ def main() -> None:
     device = start_on(args.gpu)
     if args.out.exists():
         raise InputError(f"--out {args.out} exists; choose a new file")
+    if args.out.suffix.lower() == ".onnx":
+        raise InputError(f"--out {args.out}: an .onnx file is made by export.py; choose a name that ends in .pt")
     check_writable(args.out.parent, "--out")
     stored = Scorer.load(args.checkpoint, device, args.precision)
     paths = find_good_images(args.good)

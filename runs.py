@@ -106,6 +106,8 @@ def load_state(folder: Path) -> dict:
     Raises:
         InputError: the folder holds no run that can be resumed.
     """
+    if folder.is_file():
+        raise InputError(f"--resume {folder} is a file; give the run's folder, {folder.parent}")
     if not folder.is_dir() or str(folder) in ("", "."):
         raise InputError(f"--resume {folder}: no such folder; choose a run's folder, such as saveDir/tile-...")
     path = folder / STATE_FILE

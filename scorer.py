@@ -77,7 +77,8 @@ class ScoreOptions:
         whiten: divide the bank's differences by their usual size, for each level and channel.
         smooth: deviation in pixels of a Gaussian over the bank's anomaly maps; 0: none.
         image_score: of an image, "max", its map's highest pixel; "top", the mean of the highest in a thousand;
-            "detail", the same of what a Gaussian takes away from the map; "auto", the usual one of the score.
+            "detail", the same of what a Gaussian takes away from the map, and `see_level`; "auto", the usual one
+            of the score.
     """
 
     score: str = "paper"
@@ -173,8 +174,11 @@ class Scorer(Inspector):
             judged = maps - gaussian(maps, DETAIL)
         else:
             judged = maps if typical is None else resize_maps(typical, self.map_size)
-        roi = self.roi if roi is None else roi
-        return Scored(gaussian(maps, self.smooth), image_scores(judged, self.image_score, roi))
+        roi, maps = self.roi if roi is None else roi, gaussian(maps, self.smooth)
+        scores = image_scores(judged, self.image_score, roi)
+        if self.image_score == "detail" and self.calibration is not None:
+            scores = see_level(scores, maps, self.calibration.thresholds().pixel, roi)
+        return Scored(maps, scores)
 
     def differences(
         self, latents: Tensors, left_out: Tensor | None = None, mean_factor: float = 1.0
@@ -407,6 +411,20 @@ def image_scores(maps: Tensor, kind: str, roi: Tensor | None = None) -> Tensor:
         return highest.mean(1)
     count = (roi.sum() + TOP_ONE_IN - 1) // TOP_ONE_IN  # a graph may not depend on its value
     return highest.where(torch.arange(highest.shape[1], device=maps.device) < count, 0).sum(1) / count
+
+
+def see_level(details: Tensor, maps: Tensor, level: float, roi: Tensor | None = None) -> Tensor:
+    """Image scores (B,) by "detail"; of an image of whose map (B,H,W) most reaches the level, the highest pixel.
+
+    An image that is unlike the good ones all over, such as a black one, may have no detail.
+
+    Args:
+        level: what one pixel in a thousand of good images reaches.
+        roi: bool (H,W), as in `image_scores`.
+    """
+    inside = torch.ones_like(maps[0], dtype=torch.bool) if roi is None else roi
+    reached = ((maps >= level) & inside).sum((1, 2))
+    return torch.where(2 * reached > inside.sum(), torch.maximum(details, image_scores(maps, "max", roi)), details)
 
 
 def gaussian(maps: Tensor, deviation: float) -> Tensor:

@@ -178,7 +178,7 @@ class Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ")
         unknown = unknown.split()[0] if unknown.split() else ""
         if unknown.startswith("-"):
-            near = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, 1)
+            near = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, 1, 0.7)
             message += f"; did you mean {near[0]}?" if near else ""
         self.exit(2, f"{self.prog}: error: {shortened(message)} (see --help)\n")
 

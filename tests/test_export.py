@@ -74,6 +74,7 @@ def assert_same_maps(scorer, path):
     assert exported.image_size == scorer.image_size
     for batch in (1, 3):
         images = torch.randint(0, 256, (batch, *exported.image_size, 3), dtype=torch.uint8)
+        images[1:2] = 0
         (maps, scores), expected = exported.score(images), scorer.score(images)
         assert maps.shape == (batch, 256, 256)
         assert scores.shape == (batch,)

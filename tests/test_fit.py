@@ -79,6 +79,13 @@ def test_what_was_fitted_can_be_fitted_again_and_keeps_its_score(trained, tmp_pa
     assert "| widget | n/a (bank) |" in text
 
 
+def test_a_scorer_gets_no_name_of_an_exported_model(trained, tmp_path, other, run_main):
+    code, _, err = run(run_main, trained, other, tmp_path / "new.onnx")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "choose a name that ends in .pt" in err
+    assert not (tmp_path / "new.onnx").exists()
+
+
 def test_no_file_is_overwritten(trained, tmp_path, other, run_main):
     (tmp_path / "new.pt").write_text("mine")
     code, _, err = run(run_main, trained, other, tmp_path / "new.pt")

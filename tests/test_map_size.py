@@ -18,7 +18,7 @@ import train
 from fit import with_map_size
 from metrics import GroundTruth, Ranking, evaluate_maps
 from model import PyramidFlow, PyramidFlowConfig
-from scorer import ScoreOptions, Scorer, image_scores, load_checkpoint
+from scorer import ScoreOptions, Scorer, image_scores, load_checkpoint, see_level
 from util import InputError
 from verdict import Scored, distribution, resize_roi
 
@@ -181,7 +181,7 @@ def test_what_does_not_fit_is_refused(trained, tmp_path, key, value, message):
         (["--mapSize", 1, 2, 3], "--mapSize takes native, one number, or two"),
         (["--mapSize", "native", 3], "--mapSize takes native, one number, or two"),
         (["--imageScore", "mean"], "invalid choice"),
-        (["--roi", "nowhere.png"], "cannot read image nowhere.png"),
+        (["--roi", "nowhere.png"], "no image nowhere.png; choose a file that is there"),
     ],
 )
 @pytest.mark.parametrize("main", [train.main, evaluate.main, fit.main], ids=["train", "evaluate", "fit"])
@@ -290,9 +290,28 @@ def test_detail_does_not_see_how_bright_the_whole_map_is(monkeypatch):
     maps[2, 100:116, 100:116:2] += 1
     scorer, _ = fitted(small_config(image_size=(32, 64)), score="bank", num_template=3)
     monkeypatch.setattr(Scorer, "differences", lambda *_: (maps, maps))
+    scorer.calibration = None
     scores = scorer.score_latents(()).scores
     assert scores[0] == pytest.approx(float(scores[1]), rel=0.2)
     assert scores[2] > 1.3 * scores[:2].max()
+
+
+def test_an_image_unlike_the_good_ones_all_over_is_scored_by_its_level():
+    maps, details, roi = torch.rand(4, 8, 8), torch.tensor([0.5, 9.0, 0.5, torch.nan]), torch.zeros(8, 8) > 0
+    maps[0, :5], maps[1, :5], maps[2, :4] = 3.0, 3.0, 3.0
+    assert torch.equal(see_level(details, maps, 3.0)[:3], torch.tensor([3.0, 9.0, 0.5]))
+    assert see_level(details, maps, 3.0)[3].isnan()
+    roi[:, :2], roi[:4] = True, True  # most of what is inside of it is above the level in all three
+    assert torch.equal(see_level(details, maps, 3.0, roi)[:3], torch.tensor([3.0, 9.0, 3.0]))
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_black_and_white_images_are_defective_by_a_bank(value):
+    scorer, images = fitted(small_config(image_size=(32, 64)), count=4, score="bank", num_template=3)
+    blank, good = scorer.inspect([np.full((32, 64, 3), value, np.uint8), images[0].numpy()])
+    assert blank.defective
+    assert blank.score == pytest.approx(float(blank.map.max()), rel=1e-3)
+    assert good.score < blank.score
 
 
 def test_the_usual_score_of_an_image():

@@ -203,7 +203,7 @@ def test_an_encoder_has_no_image_template(tmp_path, run_main):
         (["--minArea", 0], "whole number from 1"),
         (["--write", "maps,pictures"], "'pictures' is not one of overlays, masks, maps, none"),
         (["--write", ""], "is not one of overlays"),
-        (["--roi", "nowhere.png"], "cannot read image nowhere.png"),
+        (["--roi", "nowhere.png"], "no image nowhere.png; choose a file that is there"),
         (["--shard", "3/2"], "'3/2' is not a part such as 1/4"),
         (["--shard", "0/2"], "is not a part"),
         (["--shard", "2"], "is not a part"),

@@ -259,6 +259,7 @@ def test_other_images_of_the_same_names_are_refused(stopped, tmp_path, run_main)
 def test_what_cannot_be_resumed_is_said(uninterrupted, tmp_path, run_main):
     for folder, message in (
         (tmp_path / "nowhere", "no such folder"),
+        (uninterrupted / "last.pt", f"is a file; give the run's folder, {uninterrupted}"),
         (tmp_path, "no state.pt"),
         (uninterrupted, "this run is finished after 3 epochs; give more --epochs"),
         ("", "no such folder"),
