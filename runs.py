@@ -30,7 +30,7 @@ from metrics import METRICS, TABLE_METRICS, GroundTruth, Metrics, metric_labels,
 from model import PyramidFlow, PyramidFlowConfig, coupling_schedule, load_encoder_weights
 from scorer import LAST_FILE, Scorer, TestSet, left_out_factor, load_checkpoint, read_tensor, save_checkpoint
 from util import Clock, DivergedError, InputError, Interrupted
-from verdict import Scored, named_thresholds
+from verdict import Scored, named_thresholds, require
 
 STATE_FILE, RESULT_FILE = "state.pt", "result.json"
 STEPS_BETWEEN_LOOKS = 50  # at the loss, for which the host waits on CUDA
@@ -82,6 +82,7 @@ class State:
         names = ("epoch", "loss", "score", *asdict(Metrics()), "seconds")  # rows of old runs lack some
         try:
             check_moments(self._parts["model"], stored["optimizer"])
+            stored = {**stored, **own_settings(self._parts["optimizer"], self._parts["scheduler"], stored)}
             for name, part in self._parts.items():
                 part.load_state_dict(stored[name])
             self.epoch = stored["epoch"]
@@ -98,6 +99,23 @@ def check_moments(model: PyramidFlow, stored: dict) -> None:
         wanted = {"exp_avg": shapes[index], "exp_avg_sq": shapes[index], "step": ()}
         for name, shape in wanted.items():
             read_tensor(moments[name], shape, torch.float32, name)
+
+
+def own_settings(optimizer, scheduler, stored: dict) -> dict[str, dict]:
+    """The stored states of both, of whose settings only the step and the learning rates are taken from the file.
+
+    The rest is made from flags; PyTorch would take whatever stands there.  Raises ValueError for no number.
+    """
+    groups, steps = optimizer.state_dict()["param_groups"], ("last_epoch", "_step_count")
+    rates = [group["lr"] for group in stored["optimizer"]["param_groups"]]
+    require(len(rates) == len(groups) and all(type(x) is float and 0 <= x < 1e9 for x in rates), "learning rates")
+    steps = {name: stored["scheduler"][name] for name in steps}
+    require(all(type(n) is int and 0 <= n < 10**9 for n in steps.values()), "steps")
+    groups = [{**group, "lr": rate} for group, rate in zip(groups, rates, strict=True)]
+    return {
+        "optimizer": {"state": stored["optimizer"]["state"], "param_groups": groups},
+        "scheduler": {**scheduler.state_dict(), **steps, "_last_lr": rates},
+    }
 
 
 def load_state(folder: Path) -> dict:

@@ -307,8 +307,17 @@ def no_random_state(content):
     content["random_state"] = torch.zeros(3)
 
 
+def no_learning_rate(content):
+    content["optimizer"]["param_groups"][0]["lr"] = "1"
+
+
+def no_step(content):
+    content["scheduler"]["last_epoch"] = None
+
+
 @pytest.mark.parametrize(
-    "change", [wrong_moments, moments_of_no_parameter, wrong_type, wrong_flag, no_random_state]
+    "change",
+    [wrong_moments, moments_of_no_parameter, wrong_type, wrong_flag, no_random_state, no_learning_rate, no_step],
 )
 def test_a_crafted_state_is_refused(stopped, run_main, change):
     content = load_checkpoint(stopped / "state.pt")
@@ -316,3 +325,17 @@ def test_a_crafted_state_is_refused(stopped, run_main, change):
     torch.save(content, stopped / "state.pt")
     code, _, err = run_main(train.main, ["--resume", stopped])
     assert (code, err.count("\n")) == (2, 1), err
+
+
+def test_settings_of_the_optimizer_come_from_the_flags(stopped, uninterrupted, run_main):
+    content = load_checkpoint(stopped / "state.pt")
+    content["optimizer"]["param_groups"][0].update(eps="x", betas=None, maximize=True, params=[])
+    content["scheduler"].update(step=5, base_lrs="x")
+    torch.save(content, stopped / "state.pt")
+    code, _, err = run_main(train.main, ["--resume", stopped])
+    assert code == 0, err
+    state = load_checkpoint(stopped / "state.pt")
+    assert (
+        state["optimizer"]["param_groups"]
+        == load_checkpoint(uninterrupted / "state.pt")["optimizer"]["param_groups"]
+    )
