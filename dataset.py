@@ -49,7 +49,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from util import InputError, free_memory, progress, size_text, world_size
+from util import InputError, free_memory, progress, shortened, size_text, world_size
 
 DATASETS = ("auto", "mvtec", "btad", "visa", "realiad")
 GOOD_FOLDERS = {"mvtec": "good", "btad": "ok"}
@@ -916,7 +916,7 @@ def _applied_always(pipeline):
 
 def _augment_error(source: str | Path, error: Exception | str) -> InputError:
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    reason = " ".join(reason.split()).partition(" For further information")[0]  # pydantic's link
+    reason = shortened(reason.partition("For further information")[0])  # pydantic's link
     return InputError(f"--augment {source}: {reason}; correct the file, or use --augment none")
 
 

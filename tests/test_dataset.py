@@ -728,6 +728,7 @@ def test_a_pipeline_that_albumentations_saved(tmp_path, kind):
         ([("OneOf", {"transforms": [3]})], "holds no pipeline"),
         ([("FDA", {"reference_images": ["a.png"], "p": 1.0})], "FDA cannot be reliably serialized"),
         ([("HorizontalFlip", {"probability": 1})], "HorizontalFlip has no parameter probability"),
+        ([("HorizontalFlip", {"x" * 10**5: 1})], r"HorizontalFlip has no parameter x{400,500}\.\.\."),
         ([("HorizontalFlip", {"p": 2})], "HorizontalFlip has p = 2, which is not from 0 to 1"),
         ([("Rotate", {"limit": "much"})], "Rotate: .*limit.* Input should be a valid"),
         ([("Normalize", {"p": 0.01})], "makes float32 32x32x3 of uint8 32x32x3"),
