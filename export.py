@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from dataset import MASK_SIZE
 from fit import add_checkpoint
-from scorer import DETAIL, LARGEST, Scorer, gaussian, image_scores, latents_of, read_metrics, see_level
+from scorer import DETAIL, LARGEST, Scorer, gaussian, latents_of, read_metrics
 from util import InputError, Parser, atomic_path, check_writable, first_line, run_script
 from verdict import (
     Calibration,
@@ -229,9 +229,7 @@ class Graph(nn.Module):
         else:
             judged = sharp if typical is None else _along_both(typical, self.resize0, self.resize1)
         maps = _along_both(sharp, self.smooth0, self.smooth1)
-        scores = image_scores(judged, scorer.image_score, roi)
-        if scorer.image_score == "detail" and scorer.calibration is not None:
-            scores = see_level(scores, maps, scorer.calibration.thresholds().pixel, roi)
+        scores = scorer.image_scores(judged, maps, roi)
         # What is no number is not below either.
         return maps, scores, ~(scores < image_threshold), ~(maps < pixel_threshold) & roi
 

@@ -175,10 +175,14 @@ class Scorer(Inspector):
         else:
             judged = maps if typical is None else resize_maps(typical, self.map_size)
         roi, maps = self.roi if roi is None else roi, gaussian(maps, self.smooth)
+        return Scored(maps, self.image_scores(judged, maps, roi))
+
+    def image_scores(self, judged: Tensor, maps: Tensor, roi: Tensor | None) -> Tensor:
+        """`image_scores` (B,) of what is judged; of details with `see_level` of the anomaly maps; both (B,H,W)."""
         scores = image_scores(judged, self.image_score, roi)
-        if self.image_score == "detail" and self.calibration is not None:
-            scores = see_level(scores, maps, self.calibration.thresholds().pixel, roi)
-        return Scored(maps, scores)
+        if self.image_score != "detail" or self.calibration is None:
+            return scores
+        return see_level(scores, maps, self.calibration.thresholds().pixel, roi)
 
     def differences(
         self, latents: Tensors, left_out: Tensor | None = None, mean_factor: float = 1.0
