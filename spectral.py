@@ -34,6 +34,8 @@ STRIP_ROWS = 32  # of outputs
 # Time, in multiply-adds of a direct convolution that take as long; measured.
 TILE_MIXING, STRIP_MIXING = 6.6, 1.4  # per output, input and output channel; and, of strips, tap
 TILE_TRANSFORMS, STRIP_TRANSFORMS = 550, 200  # per output and channel on either side
+AMX_STRIP_TRANSFORMS = 600  # where AMX makes products fast, moving the maps takes longer than they
+AMX_STRIP_OUTPUTS = 48  # channels; with fewer oneDNN copies the maps for a dilated convolution, many times over
 TILE_KERNEL, STRIP_KERNEL = 100_000, 150_000  # a kernel's transform, per input and output channel
 BFLOAT16_WORTH = {"direct": 1.0, "tiles": 1.5, "strips": 1.25}  # times faster it has to be, as it rounds more
 
@@ -44,19 +46,21 @@ def choose_way(weight: Tensor, x: Tensor | None, upsampled: Tensor | None, strid
         return "direct"
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return "direct"
-    if weight.dtype == torch.bfloat16 and "AMX" in cpu_features():  # it speeds up the direct way alone
-        return "direct"
+    amx = weight.dtype == torch.bfloat16 and "AMX" in cpu_features()
     outputs = x[:, :1].numel() if x is not None else 4 * upsampled[:, :1].numel()
     o, i, k, _ = weight.shape
     own, other = (0 if y is None else y.shape[1] for y in (x, upsampled))
     reach = 2 * ((k // 2 + 1) // 2) + 1  # taps of the small map
     taps = (2 * (STRIP_ROWS + k) - 4) / STRIP_ROWS * (own * k + other * reach) * o
+    transforms = (i + o) * (AMX_STRIP_TRANSFORMS if amx else STRIP_TRANSFORMS)
     times = {
         "direct": outputs / stride**2 * o * (own * k**2 + other * (k + 1) ** 2 / 3),
         "tiles": outputs * (i * o * TILE_MIXING + (i + o) * TILE_TRANSFORMS) + i * o * TILE_KERNEL,
-        "strips": outputs * (taps * STRIP_MIXING + (i + o) * STRIP_TRANSFORMS) + i * o * STRIP_KERNEL,
+        "strips": outputs * (taps * STRIP_MIXING + transforms) + i * o * STRIP_KERNEL,
     }
-    if stride > 1:
+    if amx:  # products as small as the tiles' are no faster than the direct way
+        del times["tiles"]
+    if stride > 1 or (amx and o < AMX_STRIP_OUTPUTS):
         del times["strips"]
     if weight.dtype == torch.bfloat16:
         times = {way: time * BFLOAT16_WORTH[way] for way, time in times.items()}

@@ -278,7 +278,10 @@ def test_the_way_by_size_channels_and_precision(monkeypatch):
     assert way(64, 128, stride=2) == "direct"
     assert way(256, 128, dtype=torch.float64) == "direct"
     monkeypatch.setattr(spectral, "cpu_features", lambda: ["AMX"])
-    assert way(256, 128, dtype=torch.bfloat16) == "direct"
+    assert way(256, 128) == "tiles"
+    assert way(256, 128, dtype=torch.bfloat16) == "strips"
+    assert way(64, 128, dtype=torch.bfloat16) == way(256, 32, k=11, dtype=torch.bfloat16) == "direct"
+    assert way(256, 128, stride=2, dtype=torch.bfloat16) == "direct"
     assert spectral.choose_way(torch.empty(8, 8, 7, 7, device="meta"), None, None, 1) == "direct"
 
 
