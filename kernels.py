@@ -5,8 +5,8 @@ Maps are (B,C,H,W) in channels_last, and so are all gradients: a copy into anoth
 takes longer than the work itself.  While a model is traced (torch.export, torch.compile) PyTorch's own
 operators run alone: the twins, and the direct convolution.
 
-Sections: the coupling strip by strip; small things with tidy gradients; a bank of templates; the k x k
-convolutions, whose ways through the frequency domain are in spectral.py.
+Sections: the pyramid's blur; the coupling strip by strip; small things with tidy gradients; a bank of templates;
+the k x k convolutions, whose ways through the frequency domain are in spectral.py; those of the encoder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from spectral import can_fuse, choose_way, convolve
@@ -29,6 +29,40 @@ MEMORY_FORMAT = torch.channels_last  # of every map from the image to the anomal
 CLAMP = 2.0  # of the log-scale
 ATAN_FACTOR = 0.636  # stands for 2 / pi in the official code
 STRIP_ELEMENTS = 2**17  # per thread: a few float32 strips of this many fit a core's cache
+
+
+# -------------------------------------------------------------------------- the pyramid's blur
+
+
+def blur(x: Tensor, taps: Tensor) -> Tensor:
+    """Each channel of (B,C,H,W) blurred down the columns and along the rows, by taps (5,); zero padding."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return plain_blur(x, taps)
+    return F.conv2d(x, _depthwise(taps, x), padding=2, groups=x.shape[1])
+
+
+def plain_blur(x: Tensor, taps: Tensor) -> Tensor:
+    for shape, padding in (((1, 1, 5, 1), (2, 0)), ((1, 1, 1, 5), (0, 2))):
+        kernel = taps.to(x.dtype).view(shape).expand(x.shape[1], -1, -1, -1)
+        x = F.conv2d(x, kernel, padding=padding, groups=x.shape[1])
+    return x
+
+
+def blur_upsampled(x: Tensor, taps: Tensor) -> Tensor:
+    """`blur` of a map (B,C,H,W) upsampled to (B,C,2H,2W) by nearest neighbors, which is never made."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return plain_blur_upsampled(x, taps)
+    summed = F.pad(taps, (0, 1)) + F.pad(taps, (1, 0))  # a pixel stands for two
+    return F.conv_transpose2d(x, _depthwise(summed, x), stride=2, padding=2, groups=x.shape[1])
+
+
+def plain_blur_upsampled(x: Tensor, taps: Tensor) -> Tensor:
+    return plain_blur(F.interpolate(x, scale_factor=2, mode="nearest"), taps)
+
+
+def _depthwise(taps: Tensor, x: Tensor) -> Tensor:
+    """(n,) -> (C,1,n,n), the product of the taps along both axes."""
+    return torch.outer(taps, taps).to(x.dtype).expand(x.shape[1], 1, -1, -1)
 
 
 # ------------------------------------------------------------------- coupling, strip by strip
@@ -433,3 +467,27 @@ class _FusedConvolution(torch.autograd.Function):
         wanted = [*ctx.needs_input_grad[:2], False]
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *ctx.arguments, wanted)
         return grad_x, grad_weight, grad if ctx.needs_input_grad[2] else None, None, None, None, None
+
+
+# --------------------------------------------------------------------- convolutions of the encoder
+
+
+def normalized_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, added: Tensor | None = None) -> Tensor:
+    """relu(norm(conv(x)) + added); with `norm` in eval mode in one pass, without gradients of the weights."""
+    if norm.training or x.requires_grad or not can_fuse(x):
+        return plain_normalized_conv(x, conv, norm, added)
+    factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+    weight = (conv.weight * factor.view(-1, 1, 1, 1)).contiguous(memory_format=MEMORY_FORMAT)
+    bias = norm.bias - norm.running_mean * factor
+    sides = conv.padding, conv.stride, conv.dilation, conv.groups
+    if added is None:
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *sides, "relu", [], "")
+    sum_ = "add", 1.0, "relu", [], None
+    return torch.ops.mkldnn._convolution_pointwise.binary(x, added, weight, bias, *sides, *sum_)
+
+
+def plain_normalized_conv(
+    x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, added: Tensor | None = None
+) -> Tensor:
+    y = norm(conv(x))
+    return F.relu(y if added is None else y.add_(added), inplace=True)

@@ -141,7 +141,8 @@ class PyramidFlow(nn.Module):
         wanted, got = self.config.image_size, tuple(images.shape[-2:])
         if got != wanted:
             raise ValueError(f"the model is for {size_text(wanted)} images, got {size_text(got)}")
-        return self.stem(images.contiguous(memory_format=kernels.MEMORY_FORMAT))
+        images = images.contiguous(memory_format=kernels.MEMORY_FORMAT)
+        return self.stem(images) if self.config.encoder == "none" else _resnet_features(self.stem, images)
 
     def latents(self, features: Tensor, logdets: bool = False) -> tuple[Tensors, LogDets]:
         """Latent pyramid of features (B,C,H,W).
@@ -182,6 +183,16 @@ def _build_stem(config: PyramidFlowConfig) -> nn.Module:
 
     net = getattr(models, config.encoder)(weights=None)
     return nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1)
+
+
+def _resnet_features(stem: nn.Sequential, x: Tensor) -> Tensor:
+    """`stem(x)`; relu(norm(conv(x)) + added) is one kernel."""
+    conv, norm, _, pool, layer = stem
+    x = pool(kernels.normalized_conv(x, conv, norm))
+    for block in layer:
+        hidden = kernels.normalized_conv(x, block.conv1, block.bn1)
+        x = kernels.normalized_conv(hidden, block.conv2, block.bn2, added=x)
+    return x
 
 
 def load_encoder_weights(model: PyramidFlow, state_dict: dict[str, Tensor]) -> None:
@@ -238,8 +249,8 @@ class LaplacianPyramid(nn.Module):
         """(B,C,H,W) -> L levels, finest first; H and W divisible by 2^(L-1)."""
         levels = []
         for _ in range(self.num_level - 1):
-            smaller = F.max_pool2d(self._blur(x), 2)
-            levels.append(x - self._up(smaller))
+            smaller = F.max_pool2d(kernels.blur(x, self.taps), 2)
+            levels.append(x - kernels.blur_upsampled(smaller, self.taps))
             x = smaller
         return (*levels, x)
 
@@ -247,22 +258,12 @@ class LaplacianPyramid(nn.Module):
         """L levels -> (B,C,H,W).  Linear, and per channel."""
         x = levels[-1]
         for level in levels[-2::-1]:
-            x = self._up(x) + level
+            x = kernels.blur_upsampled(x, self.taps) + level
         return x
 
     def compose_maps(self, levels: Tensors) -> Tensor:
         """`compose`, faster where channels are few or do not lie side by side in memory."""
         return self.compose(levels) if torch.compiler.is_compiling() else kernels.compose_maps(levels)
-
-    def _up(self, x: Tensor) -> Tensor:
-        return self._blur(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-    def _blur(self, x: Tensor) -> Tensor:
-        channels = x.shape[1]
-        for shape, padding in (((1, 1, 5, 1), (2, 0)), ((1, 1, 1, 5), (0, 2))):
-            kernel = self.taps.to(x.dtype).view(shape).expand(channels, -1, -1, -1)
-            x = F.conv2d(x, kernel, padding=padding, groups=channels)
-        return x
 
 
 # --------------------------------------------------------------------------------------- flow

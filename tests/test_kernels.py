@@ -28,6 +28,10 @@ def cases():
     torch.manual_seed(0)
     matrix, x, shift, log_scale = random(3, 3), *(random(2, 3, 10, 7) for _ in range(3))
     scale = log_scale.detach().exp().requires_grad_()
+    taps = torch.tensor([1.0, 2.0, 5.0, 2.0, 1.0], dtype=torch.float64)
+    for size in ((10, 7), (1, 2)):
+        yield "blur", (random(2, 3, *size), taps)
+        yield "blur_upsampled", (random(2, 3, *size), taps)
     yield "affine_coupling", (matrix, scale, x, shift)
     yield "undo_affine_coupling", (matrix, x, shift, scale)
     running_means = (random(1, 1, 10, 7).detach(), random(1, 3, 1, 1).detach(), torch.zeros(1, 1, 1, 1))
@@ -46,6 +50,17 @@ def cases():
         upsampled = None if source == "map" else random(2, 2, h // 2, w // 2)
         channels = {"map": 3, "upsampled": 2, "both": 5}[source]
         yield "conv2d", (random(4, channels, k, k), x, upsampled, *ending)
+    for mode in (True, False):
+        yield "normalized_conv", (random(2, 3, 6, 5), *conv_and_norm(3, mode), random(2, 4, 6, 5))
+
+
+def conv_and_norm(channels, training):
+    conv, norm = torch.nn.Conv2d(channels, 4, 3, padding=1, bias=False), torch.nn.BatchNorm2d(4)
+    for x in (norm.weight, norm.running_var):
+        torch.nn.init.uniform_(x, 0.5, 2)
+    for x in (norm.bias, norm.running_mean):
+        torch.nn.init.normal_(x)
+    return conv.double(), norm.double().train(training)
 
 
 def describe(value):
@@ -207,6 +222,32 @@ def gradients(network, maps, cotangents, dtype):
 
 
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_encoders_fused_convolution_equals_the_formula(stride, added, monkeypatch):
+    torch.manual_seed(0)
+    conv, norm = (module.float() for module in conv_and_norm(3, training=False))
+    conv.stride = stride, stride
+    x = torch.randn(2, 3, 16, 12).to(memory_format=MEMORY_FORMAT)
+    with torch.no_grad():
+        added = torch.randn_like(conv(x)) if added else None
+        expected = kernels.plain_normalized_conv(x, conv, norm, added)
+        monkeypatch.delattr(kernels, "plain_normalized_conv")
+        torch.testing.assert_close(kernels.normalized_conv(x, conv, norm, added), expected)
+
+
+@pytest.mark.parametrize("reason", ["statistics of the batch", "gradients"])
+def test_the_encoders_convolution_is_fused_only_where_that_is_right(reason):
+    torch.manual_seed(0)
+    conv, norm = (module.float() for module in conv_and_norm(3, training=reason == "statistics of the batch"))
+    x = torch.randn(2, 3, 8, 8, requires_grad=reason == "gradients")
+    y = kernels.normalized_conv(x, conv, norm)
+    if reason == "gradients":
+        assert torch.autograd.grad(y.sum(), x)[0].abs().sum() > 0
+    else:
+        assert norm.num_batches_tracked == 1
+
+
 def test_only_gradients_that_are_asked_for():
     x, weight = random(1, 2, 16, 16), random(3, 2, 7, 7)
     for wanted, other in ((x, weight), (weight, x)):
