@@ -35,7 +35,6 @@ STRIP_ROWS = 32  # of outputs
 TILE_MIXING, STRIP_MIXING = 6.6, 1.4  # per output, input and output channel; and, of strips, tap
 TILE_TRANSFORMS, STRIP_TRANSFORMS = 550, 200  # per output and channel on either side
 AMX_STRIP_TRANSFORMS = 600  # where AMX makes products fast, moving the maps takes longer than they
-AMX_STRIP_OUTPUTS = 48  # channels; with fewer oneDNN copies the maps for a dilated convolution, many times over
 TILE_KERNEL, STRIP_KERNEL = 100_000, 150_000  # a kernel's transform, per input and output channel
 BFLOAT16_WORTH = {"direct": 1.0, "tiles": 1.5, "strips": 1.25}  # times faster it has to be, as it rounds more
 
@@ -60,7 +59,7 @@ def choose_way(weight: Tensor, x: Tensor | None, upsampled: Tensor | None, strid
     }
     if amx:  # products as small as the tiles' are no faster than the direct way
         del times["tiles"]
-    if stride > 1 or (amx and o < AMX_STRIP_OUTPUTS):
+    if stride > 1:
         del times["strips"]
     if weight.dtype == torch.bfloat16:
         times = {way: time * BFLOAT16_WORTH[way] for way, time in times.items()}
@@ -483,40 +482,41 @@ def _taps(kernel: Tensor) -> list[Tensor]:
     return [x.permute(1, 0, 3, 2).contiguous().permute(0, 3, 1, 2) for x in taps]
 
 
-def _parts(x: Tensor) -> Tensor:
-    """(P, strips, W, C) -> (1, C, P * strips, W): the parts below each other."""
-    return x.flatten(0, 1)[None].permute(0, 3, 1, 2)
-
-
 def _multiply(factor: Tensor, kernel: Tensor, into: Tensor | None = None) -> Tensor:
     """A factor (P, strips, W, I) times a kernel's spectrum (T,O,I,k) -> (T, strips, W, O), added to `into`."""
     (_, strips, width, _), (positions, channels, _, k) = factor.shape, kernel.shape
     size = positions, strips, width, channels
     out = factor.new_zeros(size) if into is None else into.view(size)
     for (parts, to), taps in zip(_frequencies(positions), _taps(kernel), strict=True):
-        add_convolution(_parts(out[to]), _parts(factor[parts]), taps, (0, k // 2), (strips, 1))
+        into, x = (y[None].permute(0, 4, 1, 2, 3) for y in (out[to], factor[parts]))
+        add_convolution(into, x, taps.unsqueeze(3), (0, 0, k // 2))
     return out
 
 
-def add_convolution(
-    into: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, int], dilation: tuple[int, int]
-) -> None:
-    """Add a convolution to `into`, in place; by oneDNN without another pass over it."""
+def add_convolution(into: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, int, int]) -> None:
+    """Add a convolution in three dimensions to `into`, in place; by oneDNN without another pass over it."""
     if can_fuse(x):
-        add = weight, None, padding, (1, 1), dilation, 1, "add", 1.0, None, [], None
+        add = weight, None, padding, (1, 1, 1), (1, 1, 1), 1, "add", 1.0, None, [], None
         torch.ops.mkldnn._convolution_pointwise_.binary(into, x, *add)
     else:
-        into += F.conv2d(x, weight, padding=padding, dilation=dilation)
+        into += F.conv3d(x, weight, padding=padding)
 
 
 def _multiply_gradient(factor: Tensor, grad_factor: Tensor, kernel: Tensor) -> Tensor:
-    """The gradient of the kernel's spectrum, of factors (P, strips, W, I) and (P, strips, W, O)."""
+    """The gradient of the kernel's spectrum, of factors (P, strips, W, I) and (P, strips, W, O).
+
+    The parts lie below each other here: with AMX, oneDNN 3.12 errs in the gradient of weights in three dimensions.
+    """
+
+    def below(x: Tensor) -> Tensor:
+        return x.flatten(0, 1)[None].permute(0, 3, 1, 2)
+
     strips, k = factor.shape[1], kernel.shape[-1]
     grad = torch.empty_like(kernel)
     for (parts, to), taps in zip(_frequencies(len(kernel)), _taps(kernel), strict=True):
         grad_parts = grad_factor[parts.start : parts.start + taps.shape[2]]
         _, grad_taps, _ = torch.ops.aten.convolution_backward(
-            _parts(grad_parts), _parts(factor[parts]), taps, None,
+            below(grad_parts), below(factor[parts]), taps, None,
             stride=[1, 1], padding=[0, k // 2], dilation=[strips, 1], transposed=False, output_padding=[0, 0],
             groups=1, output_mask=[False, True, False],
         )  # fmt: skip
