@@ -116,8 +116,9 @@ class _ScaleAndShift(torch.autograd.Function):
             for into, part, factor in _strips(scale, raw, (-mean).exp()):
                 torch.mul(_look_up(table, part[..., :channels]), factor, out=into)
         else:
-            for into, part, mean_part in _strips(scale, raw, mean):
-                _log_scale_(into.copy_(part[..., :channels])).sub_(mean_part).exp_()
+            for into, part, negative in _strips(scale, raw, -mean):
+                into.copy_(part[..., :channels]).mul_(1 / CLAMP).atan_()
+                torch.add(negative, into, alpha=CLAMP * ATAN_FACTOR, out=into).exp_()
         ctx.save_for_backward(raw, scale)
         ctx.mark_non_differentiable(mean)
         return scale, raw[:, channels:], mean
@@ -138,7 +139,7 @@ class _ScaleAndShift(torch.autograd.Function):
 
 def _log_scale_(s0: Tensor) -> Tensor:
     """b = clamp * 0.636 * atan(s0 / clamp), in place."""
-    return s0.div_(CLAMP).atan_().mul_(CLAMP * ATAN_FACTOR)
+    return s0.mul_(1 / CLAMP).atan_().mul_(CLAMP * ATAN_FACTOR)
 
 
 @functools.lru_cache(maxsize=1)
@@ -178,7 +179,7 @@ class _AffineCoupling(torch.autograd.Function):
         ctx.save_for_backward(matrix, scale, x, shift)
         y = _empty_like(x)
         for into, scale_part, x_part, shift_part in _strips(y, scale, x, shift):
-            torch.mm((scale_part * x_part).add_(shift_part)[0], matrix.T, out=into[0])
+            torch.mm(_scaled_and_shifted(scale_part, x_part, shift_part)[0], matrix.T, out=into[0])
         return y
 
     @staticmethod
@@ -188,7 +189,7 @@ class _AffineCoupling(torch.autograd.Function):
         grads = [_empty_like(x) for x in given]
         grad_matrix = torch.zeros_like(matrix)
         for grad, scale, x, shift, into_scale, into_x, into_shift in _strips(grad_y, *given, *grads):
-            mixed = (scale * x).add_(shift).reshape(-1, len(matrix))
+            mixed = _scaled_and_shifted(scale, x, shift).reshape(-1, len(matrix))
             grad = grad.reshape(-1, len(matrix))
             grad_matrix.addmm_(grad.T, mixed)
             grad = (grad @ matrix).view(x.shape)
@@ -196,6 +197,11 @@ class _AffineCoupling(torch.autograd.Function):
             torch.mul(grad, scale, out=into_x)
             into_shift.copy_(grad)
         return grad_matrix, *grads
+
+
+def _scaled_and_shifted(scale: Tensor, x: Tensor, shift: Tensor) -> Tensor:
+    """scale * x + shift; a bfloat16 shift is converted beforehand, which is faster."""
+    return torch.addcmul(shift.to(x.dtype), scale, x)
 
 
 def undo_affine_coupling(inverse: Tensor, y: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
