@@ -479,8 +479,9 @@ class _FusedConvolution(torch.autograd.Function):
 
 
 def normalized_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, added: Tensor | None = None) -> Tensor:
-    """relu(norm(conv(x)) + added); with `norm` in eval mode in one pass, without gradients of the weights."""
-    if norm.training or x.requires_grad or not can_fuse(x):
+    """relu(norm(conv(x)) + added); with `norm` in eval mode, and where no gradient is wanted, in one pass."""
+    learned = torch.is_grad_enabled() and any(y.requires_grad for y in (x, conv.weight, norm.weight, norm.bias))
+    if norm.training or learned or not can_fuse(x):
         return plain_normalized_conv(x, conv, norm, added)
     factor = norm.weight / (norm.running_var + norm.eps).sqrt()
     weight = (conv.weight * factor.view(-1, 1, 1, 1)).contiguous(memory_format=MEMORY_FORMAT)
@@ -492,8 +493,6 @@ def normalized_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, added: Ten
     return torch.ops.mkldnn._convolution_pointwise.binary(x, added, weight, bias, *sides, *sum_)
 
 
-def plain_normalized_conv(
-    x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, added: Tensor | None = None
-) -> Tensor:
+def plain_normalized_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, added: Tensor | None = None) -> Tensor:
     y = norm(conv(x))
     return F.relu(y if added is None else y.add_(added), inplace=True)

@@ -221,7 +221,6 @@ def gradients(network, maps, cotangents, dtype):
     return torch.autograd.grad(outputs, (*maps, *network.parameters()), cotangents)
 
 
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("added", [True, False])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_encoders_fused_convolution_equals_the_formula(stride, added, monkeypatch):
@@ -236,18 +235,25 @@ def test_the_encoders_fused_convolution_equals_the_formula(stride, added, monkey
         torch.testing.assert_close(kernels.normalized_conv(x, conv, norm, added), expected)
 
 
-@pytest.mark.parametrize("reason", ["statistics of the batch", "gradients"])
-def test_the_encoders_convolution_is_fused_only_where_that_is_right(reason):
+@pytest.mark.parametrize("learned", ["image", "weight"])
+def test_the_encoders_convolution_has_the_gradients_that_are_asked_for(learned):
     torch.manual_seed(0)
-    conv, norm = (module.float() for module in conv_and_norm(3, training=reason == "statistics of the batch"))
-    x = torch.randn(2, 3, 8, 8, requires_grad=reason == "gradients")
-    y = kernels.normalized_conv(x, conv, norm)
-    if reason == "gradients":
-        assert torch.autograd.grad(y.sum(), x)[0].abs().sum() > 0
-    else:
-        assert norm.num_batches_tracked == 1
+    conv, norm = (module.float().requires_grad_(False) for module in conv_and_norm(3, training=False))
+    x = torch.randn(2, 3, 8, 8)
+    source = {"image": x, "weight": conv.weight}[learned].requires_grad_()
+    (gradient,) = torch.autograd.grad(kernels.normalized_conv(x, conv, norm).sum(), source)
+    (expected,) = torch.autograd.grad(kernels.plain_normalized_conv(x, conv, norm).sum(), source)
+    torch.testing.assert_close(gradient, expected)
 
 
+def test_the_encoders_convolution_takes_the_batchs_statistics_in_training():
+    torch.manual_seed(0)
+    conv, norm = (module.float().requires_grad_(False) for module in conv_and_norm(3, training=True))
+    kernels.normalized_conv(torch.randn(2, 3, 8, 8), conv, norm)
+    assert norm.num_batches_tracked == 1
+
+
+@pytest.mark.usefixtures("way")
 def test_only_gradients_that_are_asked_for():
     x, weight = random(1, 2, 16, 16), random(3, 2, 7, 7)
     for wanted, other in ((x, weight), (weight, x)):
