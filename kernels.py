@@ -117,7 +117,7 @@ class _ScaleAndShift(torch.autograd.Function):
                 torch.mul(_look_up(table, part[..., :channels]), factor, out=into)
         else:
             for into, part, negative in _strips(scale, raw, -mean):
-                into.copy_(part[..., :channels]).mul_(1 / CLAMP).atan_()
+                _angle_(into.copy_(part[..., :channels]))
                 torch.add(negative, into, alpha=CLAMP * ATAN_FACTOR, out=into).exp_()
         ctx.save_for_backward(raw, scale)
         ctx.mark_non_differentiable(mean)
@@ -139,7 +139,12 @@ class _ScaleAndShift(torch.autograd.Function):
 
 def _log_scale_(s0: Tensor) -> Tensor:
     """b = clamp * 0.636 * atan(s0 / clamp), in place."""
-    return s0.mul_(1 / CLAMP).atan_().mul_(CLAMP * ATAN_FACTOR)
+    return _angle_(s0).mul_(CLAMP * ATAN_FACTOR)
+
+
+def _angle_(s0: Tensor) -> Tensor:
+    """atan(s0 / clamp), in place."""
+    return s0.mul_(1 / CLAMP).atan_()
 
 
 @functools.lru_cache(maxsize=1)
