@@ -364,7 +364,7 @@ def _read_roi(given: str | None, size: tuple[int, int]) -> Tensor | None:
 
 def _providers(onnxruntime, device: torch.device) -> list:
     on_cuda = device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    chosen = [("CUDAExecutionProvider", {"device_id": device.index or 0})] if on_cuda else []
+    chosen = [("CUDAExecutionProvider", {"device_id": device.index or 0, "use_tf32": 0})] if on_cuda else []
     return [*chosen, "CPUExecutionProvider"]
 
 

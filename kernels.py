@@ -324,7 +324,7 @@ def template_distances(z: Tensor, templates: Tensor) -> Tensor:
     Args:
         templates: laid out by `bank_layout`, or they are copied into that layout.
     """
-    if torch.compiler.is_compiling():
+    if z.device.type != "cpu" or torch.compiler.is_compiling():  # cdist on CUDA: a block of threads per number
         return plain_template_distances(z, templates)
     batch, channels, height, width = z.shape
     z, templates = (x.permute(2, 3, 0, 1).flatten(0, 1) for x in (z, templates))  # (H*W,B or K,C)

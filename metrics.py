@@ -282,8 +282,10 @@ def all_finite(x: Tensor) -> bool:
 
 def sorted_scores(scores: Tensor) -> Tensor:
     """Return the scores (N,) in ascending order."""
+    if scores.is_cuda and scores.numel() < 2**31:  # CUDA sorts no more
+        return scores.sort().values
     # NumPy's vectorized sort is several times as fast as torch's on the CPU.
-    return scores.sort().values if scores.is_cuda else torch.from_numpy(np.sort(scores.numpy()))
+    return torch.from_numpy(np.sort(scores.cpu().numpy())).to(scores.device)
 
 
 # -------------------------------------------------------------------------------------- table

@@ -155,6 +155,9 @@ def train_one_epoch(
     Raises:
         DivergedError: the loss is no longer finite.
     """
+    # Every batch has the same shape, so cuDNN may try out what is fastest; but it would choose anew in the
+    # thread that computes blocks again, and these are to be undone by the very numbers that made them.
+    torch.backends.cudnn.benchmark = not args.saveMemory
     parameters = [p for p in model.parameters() if p.requires_grad]
     losses = LossMeter(batches, pace)
     model.train()
@@ -182,6 +185,7 @@ def evaluate(
     Raises:
         DivergedError: a score is not finite.
     """
+    torch.backends.cudnn.benchmark = False  # batches have many sizes here
     options, roi = options_of_flags(args).with_papers, test_set.truth.roi
     with clock.part("template"):
         scorers = fit_all(model, train_set, options, args.template, args.cls[0], vars(args), held_out, roi)
@@ -209,7 +213,6 @@ def make_model(config: PyramidFlowConfig, args: Namespace, device: torch.device,
     if is_new:
         check_memory(config, args.batchSize, device)
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.benchmark = True  # every batch has the same shape
     model = PyramidFlow(config)
     if is_new:
         fill_encoder(model, args.encoderWeights)

@@ -105,7 +105,7 @@ def _leave_stdout() -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    texts = ("DefaultCPUAllocator", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    texts = ("DefaultCPUAllocator", "CUDA error: out of memory", "STATUS_ALLOC_FAILED", "unable to find an engine")
     kinds = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, kinds) or any(text in str(error) for text in texts)
 
@@ -357,8 +357,12 @@ def choose_precision(asked: str, device: torch.device, trained_in: str | None = 
 
 
 def apply_precision(precision: str) -> torch.dtype | None:
-    """Set cuDNN's switch, by which fp32 and tf32 differ; the dtype for `PyramidFlow.compute_networks_in`."""
+    """Set cuDNN's switch, by which fp32 and tf32 differ; the dtype for `PyramidFlow.compute_networks_in`.
+
+    Matrix products are never in TF32, which some containers ask for by TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
+    """
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = False
     return torch.bfloat16 if precision == "bf16" else None
 
 

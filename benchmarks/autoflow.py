@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autoFlow import CouplingModule
 from benchmarks import measuring
 from benchmarks.measuring import BATCH, MIB
-from util import markdown_table, run_script
+from util import apply_precision, markdown_table, run_script
 
 CHANNELS, DEPTH, SIDE = 64, 8, 128
 PEERS = {
@@ -37,6 +37,7 @@ def main() -> None:
 def peer_table(repeats: int, device: torch.device) -> str:
     """Step time and memory of one chain of coupling blocks on each library, same weights."""
     torch.manual_seed(0)
+    apply_precision("fp32")
     networks = nn.ModuleList(coupling_network(CHANNELS) for _ in range(DEPTH)).to(device)
     x = torch.randn(BATCH, CHANNELS, SIDE, SIDE, device=device, requires_grad=True)
     steps, failed, gradients = {}, {}, {}

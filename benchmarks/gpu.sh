@@ -36,12 +36,9 @@ run() {
 
 precisions=(fp32 tf32 bf16)
 run 150 pytest tests/test_cuda.py -k "not cpu"
-for model in fnf res18; do
-    run 120 benchmarks.speed step --model "$model" "${where[@]}"
-done
-for model in fnf res18; do
-    run 150 benchmarks.speed epoch --model "$model" --precision "${precisions[@]}" "${where[@]}"
-done
+run 90 benchmarks.speed step --model fnf "${where[@]}"
+run 120 benchmarks.speed step --model res18 --repeats 3 "${where[@]}"
+run 250 benchmarks.speed epoch --model fnf res18 --precision "${precisions[@]}" "${where[@]}"
 run 150 benchmarks.memory --maxStacks 16 "${where[@]}"
 echo "gpu.sh: $SECONDS s"
 exit "$failed"

@@ -64,7 +64,6 @@ def prepare(args: argparse.Namespace) -> torch.device:
     """
     device = choose_device(args.gpu)
     keep_freed_memory()  # as train.py
-    torch.backends.cudnn.benchmark = True
     args.out = RECORDS if args.record else args.out or create_run_folder(Path(), "benchmark", "--out")
     check_writable(args.out, "--out")
     return device

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from benchmarks import measuring
 from benchmarks.measuring import BATCH, MIB
 from model import PyramidFlow, PyramidFlowConfig, pair_loss
-from util import InputError, atomic_path, choose_device, markdown_table, run_script, whole_number
+from util import InputError, apply_precision, atomic_path, choose_device, markdown_table, run_script, whole_number
 
 FIG5_CONFIG = PyramidFlowConfig(encoder="none", num_level=8, num_channel=24, image_size=(256, 256))
 # Paper, Fig. 5: GB while training by number of half-stacks, with autoFlow and with autograd.
@@ -40,7 +40,10 @@ def main() -> None:
         return
     device, rows, stacks = measuring.prepare(args), {}, 1
     while stacks <= args.maxStacks:
-        rows[stacks] = {chain: measure_in_own_process(chain, stacks, args.gpu) for chain in measuring.CHAINS}
+        if device.type == "cuda":  # whose peak is counted anew each time
+            rows[stacks] = {chain: measure(chain, stacks, device) for chain in measuring.CHAINS}
+        else:
+            rows[stacks] = {chain: measure_in_own_process(chain, stacks, args.gpu) for chain in measuring.CHAINS}
         print(f"{stacks} stacks measured", file=sys.stderr, flush=True)
         stacks *= 2
     path = measuring.report(args.out, "memory", device, memory_table(rows))
@@ -61,6 +64,8 @@ def measure_in_own_process(chain: str, stacks: int, gpu: str) -> Memory:
 def measure(chain: str, stacks: int, device: torch.device) -> Memory:
     """One training step of Fig. 5's model, after one that warms up."""
     torch.manual_seed(0)
+    apply_precision("fp32")
+    torch.backends.cudnn.benchmark = False  # what it tries out takes memory, too
     model = PyramidFlow(replace(FIG5_CONFIG, num_stack=stacks)).to(device).train()
     model.flow = measuring.CHAINS[chain](*model.flow)
     images = torch.randn(BATCH, 3, *FIG5_CONFIG.image_size, device=device)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -106,7 +107,7 @@ class TrainingStep:
         config = replace(measuring.DEFAULT_MODELS[name], save_memory=save_memory)
         self._precision, self._device = precision, device
         self._model = PyramidFlow(config).to(device)
-        args = train.parse_arguments([])
+        args = train.parse_arguments(["--saveMemory", str(save_memory)])
         optimizer = train.make_optimizer(self._model, args)
         scheduler = train.make_scheduler(optimizer, args, steps=1)
         batches = tqdm([random_images(BATCH, config, device)], disable=True)
@@ -146,6 +147,7 @@ class Inference:
             self.scorer.smooth, self.scorer.image_score = options.smooth, options.image_score
 
     def __call__(self) -> Tensor:
+        torch.backends.cudnn.benchmark = False  # as train.evaluate
         self.scorer.model.compute_networks_in(apply_precision(self._precision))
         return self.scorer.score(self._images)
 
@@ -170,6 +172,7 @@ def convolution_floor(config: PyramidFlowConfig, precision: str, device: torch.d
 
     def floor() -> None:
         apply_precision(precision)  # sets cuDNN's switch for TF32
+        torch.backends.cudnn.benchmark = True
         for shape in official_convolutions(config):
             x, weight, grad = prepared[shape]
             torch.autograd.grad(F.conv2d(x, weight, padding=k // 2), (x, weight), grad)
@@ -310,12 +313,14 @@ def one_epoch(
 
 def generate_class(folder: Path) -> None:
     """A class of as many images as MVTec's screw, 1024x1024, smooth with a dark square for a defect."""
-    rng = np.random.default_rng(0)
     size = (GENERATED_SIDE, GENERATED_SIDE)
     counts = {"train/good": NUM_TRAIN, "test/good": NUM_TEST_GOOD, "test/square": NUM_TEST_DEFECTIVE}
     for part in (*counts, "ground_truth/square"):
         (folder / part).mkdir(parents=True)
-    for part, i in ((part, i) for part, count in counts.items() for i in range(count)):
+
+    def make(image: tuple[str, int]) -> None:
+        part, i = image
+        rng = np.random.default_rng([list(counts).index(part), i])
         coarse = rng.integers(60, 180, (16, 16, 3), dtype=np.uint8)
         image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
         if part == "test/square":
@@ -325,6 +330,9 @@ def generate_class(folder: Path) -> None:
             image.paste((20, 20, 20), mask=mask)
             mask.save(folder / "ground_truth" / "square" / f"{i:03}_mask.png")
         image.save(folder / part / f"{i:03}.png", compress_level=1)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(make, [(part, i) for part, count in counts.items() for i in range(count)]))
 
 
 # ---------------------------------------------------------------------------------- precision

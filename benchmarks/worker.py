@@ -13,7 +13,6 @@ import torch
 def main() -> None:
     tree, model, job, precision, gpu = sys.argv[1:]
     sys.path[0], device = tree, torch.device(gpu)
-    torch.backends.cudnn.benchmark = True
     find = present_job if (Path(tree) / "benchmarks").is_dir() else job_of_92cfed0
     run, num_images = find(model, job, precision, device)
     wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
@@ -44,6 +43,7 @@ def job_of_92cfed0(model: str, job: str, precision: str, device: torch.device):
     from loading import normalise
 
     keep_freed_memory()
+    torch.backends.cudnn.benchmark = True
     case = Case(model, precision, job == "step, memory saving")
     work = Inference(model, precision, device) if job == "inference" else TrainingStep(case, device)
     images = (64 * work._images + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()

@@ -313,7 +313,8 @@ def test_the_gpu_script_runs_what_it_says(tmp_path, run_main, monkeypatch, fails
     asked = []
     monkeypatch.setattr(speed, "measure_steps", lambda args, _: asked.extend(("step", m) for m in args.model))
     monkeypatch.setattr(speed, "measure_epochs", lambda args, _: asked.extend(("epoch", m) for m in args.model))
-    monkeypatch.setattr(memory, "measure_in_own_process", lambda *_: asked.append("memory") or (1.0, 1.0))
+    for name in ("measure_in_own_process", "measure"):  # the latter on CUDA
+        monkeypatch.setattr(memory, name, lambda *_: asked.append("memory") or (1.0, 1.0))
     for _, module, *arguments in others:
         main = {"benchmarks.speed": speed.main, "benchmarks.memory": memory.main}[module]
         code, _, err = run_main(main, arguments)

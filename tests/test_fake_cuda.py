@@ -220,15 +220,15 @@ def test_an_encoder(training):
     assert (features.device.type, features.shape) == ("cuda", (2, 64, 16, 16))
 
 
-@pytest.mark.usefixtures("kernels_seen")
 @pytest.mark.parametrize("contrast", CONTRASTS)
 @pytest.mark.parametrize("changes", [{}, {"num_template": 5, "num_typical": 3, "smooth": 1.0}])
-def test_maps_of_one_template_and_of_a_bank(changes, contrast):
+def test_maps_of_one_template_and_of_a_bank(kernels_seen, changes, contrast):
     model = fake_model(contrast=contrast)
     sigma = tuple(torch.empty(4, device="cuda") for _ in range(3)) if changes else None
     maps, scores = fake_scorer(model, **changes, sigma=sigma).score(fake_images(model, 3))
     assert (maps.device.type, scores.device.type) == ("cuda", "cuda")
     assert maps.shape[0] == len(scores) == 3
+    assert "_cdist_forward" not in kernels_seen.counts  # on CUDA a block of threads for each number
 
 
 @pytest.mark.usefixtures("kernels_seen")

@@ -151,6 +151,26 @@ def test_memory_saving_changes_nothing_but_memory(tmp_path, run_main):
 
 
 @pytest.mark.usefixtures("widget")
+@pytest.mark.parametrize("saves", [True, False])
+def test_cudnn_tries_out_what_is_fastest_only_where_that_is_sound(tmp_path, run_main, monkeypatch, saves):
+    """In steps of one shape that compute nothing again; in scoring, whose batches have many sizes, never."""
+    seen, originals = {}, {"training_loss": train.training_loss, "score_all": train.score_all}
+
+    def observe(name):
+        def observed(*args, **options):
+            seen.setdefault(name, set()).add(torch.backends.cudnn.benchmark)
+            return originals[name](*args, **options)
+
+        return observed
+
+    for name in originals:
+        monkeypatch.setattr(train, name, observe(name))
+    code, _, err = run_main(train.main, flags(tmp_path, "--saveMemory", saves, "--epochs", 2))
+    assert code == 0, err
+    assert seen == {"training_loss": {not saves}, "score_all": {False}}
+
+
+@pytest.mark.usefixtures("widget")
 @pytest.mark.parametrize(("times", "saves"), [(1.9, True), (2.1, False)])
 def test_auto_saves_memory_where_activations_would_take_half_of_it(tmp_path, run_main, monkeypatch, times, saves):
     given = list(map(str, flags(tmp_path, "--epochs", 1)))

@@ -72,6 +72,7 @@ def raising(error):
         (MemoryError(), 2, "out of memory; use smaller images or batches"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"), 2, "out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory"), 2, "out of memory"),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), 2, "out of memory"),
     ],
 )
 def test_an_error_is_one_line_and_an_exit_code(run_main, error, code, message):
@@ -349,9 +350,11 @@ def test_auto_keeps_what_a_model_was_trained_in(monkeypatch, trained_in, on_cpu,
 
 def test_fp32_and_tf32_differ_by_cudnns_switch(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+    torch.backends.cuda.matmul.allow_tf32 = True  # what is not the default
     for precision, dtype, switch in (("tf32", None, True), ("fp32", None, False), ("bf16", torch.bfloat16, False)):
         assert apply_precision(precision) == dtype
         assert torch.backends.cudnn.allow_tf32 == switch
+        assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_free_memory_heeds_the_limit_of_a_container(monkeypatch):
