@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ Tensors = tuple[Tensor, ...]
 
 MEMORY_FORMAT = torch.channels_last  # of every map from the image to the anomaly map
 CLAMP = 2.0  # of the log-scale
+BLUR = (1, 4, 6, 4, 1)  # taps of the pyramid's, to be divided by their sum
 ATAN_FACTOR = 0.636  # stands for 2 / pi in the official code
 STRIP_ELEMENTS = 2**17  # per thread: a few float32 strips of this many fit a core's cache
 
@@ -34,35 +35,76 @@ STRIP_ELEMENTS = 2**17  # per thread: a few float32 strips of this many fit a co
 # -------------------------------------------------------------------------- the pyramid's blur
 
 
-def blur(x: Tensor, taps: Tensor) -> Tensor:
-    """Each channel of (B,C,H,W) blurred down the columns and along the rows, by taps (5,); zero padding."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return plain_blur(x, taps)
-    return F.conv2d(x, _depthwise(taps, x), padding=2, groups=x.shape[1])
+def blur(x: Tensor) -> Tensor:
+    """Each channel of (B,C,H,W) blurred by (1,4,6,4,1)/16 down the columns and along the rows; zero padding."""
+    if torch.compiler.is_compiling():
+        return plain_blur(x)
+    if x.device.type != "cpu":
+        return _along_both_axes(blur_matrix, x)
+    return F.conv2d(x, _depthwise(_taps(x), x), padding=2, groups=x.shape[1])
 
 
-def plain_blur(x: Tensor, taps: Tensor) -> Tensor:
+def plain_blur(x: Tensor) -> Tensor:
     for shape, padding in (((1, 1, 5, 1), (2, 0)), ((1, 1, 1, 5), (0, 2))):
-        kernel = taps.to(x.dtype).view(shape).expand(x.shape[1], -1, -1, -1)
+        kernel = _taps(x).view(shape).expand(x.shape[1], -1, -1, -1)
         x = F.conv2d(x, kernel, padding=padding, groups=x.shape[1])
     return x
 
 
-def blur_upsampled(x: Tensor, taps: Tensor) -> Tensor:
+def blur_upsampled(x: Tensor) -> Tensor:
     """`blur` of a map (B,C,H,W) upsampled to (B,C,2H,2W) by nearest neighbors, which is never made."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return plain_blur_upsampled(x, taps)
-    summed = F.pad(taps, (0, 1)) + F.pad(taps, (1, 0))  # a pixel stands for two
+    if torch.compiler.is_compiling():
+        return plain_blur_upsampled(x)
+    if x.device.type != "cpu":
+        return _along_both_axes(up_matrix, x)
+    summed = F.pad(_taps(x), (0, 1)) + F.pad(_taps(x), (1, 0))  # a pixel stands for two
     return F.conv_transpose2d(x, _depthwise(summed, x), stride=2, padding=2, groups=x.shape[1])
 
 
-def plain_blur_upsampled(x: Tensor, taps: Tensor) -> Tensor:
-    return plain_blur(F.interpolate(x, scale_factor=2, mode="nearest"), taps)
+def plain_blur_upsampled(x: Tensor) -> Tensor:
+    return plain_blur(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def _taps(x: Tensor) -> Tensor:
+    return torch.tensor(BLUR, dtype=x.dtype, device=x.device) / sum(BLUR)
 
 
 def _depthwise(taps: Tensor, x: Tensor) -> Tensor:
     """(n,) -> (C,1,n,n), the product of the taps along both axes."""
-    return torch.outer(taps, taps).to(x.dtype).expand(x.shape[1], 1, -1, -1)
+    return torch.outer(taps, taps).expand(x.shape[1], 1, -1, -1)
+
+
+def _along_both_axes(matrix_of: Callable[..., Tensor], x: Tensor) -> Tensor:
+    """(B,C,H,W) multiplied by matrices (m,n) along columns and rows.
+
+    For CUDA, where depthwise convolutions of channels_last maps are slow, and may be in TF32.
+    """
+    down, across = (matrix_of(n, x.dtype, x.device) for n in x.shape[2:])
+    rows = x.permute(0, 2, 3, 1)
+    rows = torch.bmm(down.expand(len(x), -1, -1), rows.flatten(2)).unflatten(2, rows.shape[2:])
+    batch = rows.shape[:2]
+    rows = torch.bmm(across.expand(batch.numel(), -1, -1), rows.flatten(0, 1)).unflatten(0, batch)
+    return rows.permute(0, 3, 1, 2)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept may be needed by a training later
+def blur_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(n,n): the blur along one axis."""
+    return _blur_matrix(size).to(device, dtype)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def up_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(2n,n): nearest-neighbor interpolation to twice the size, then blur, along one axis."""
+    twice = torch.eye(size, dtype=torch.float64).repeat_interleave(2, dim=0)
+    return (_blur_matrix(2 * size) @ twice).to(device, dtype)
+
+
+def _blur_matrix(size: int) -> Tensor:
+    apart = (torch.arange(size) - torch.arange(size)[:, None]).clamp(-3, 3)
+    return torch.tensor((0, *BLUR, 0), dtype=torch.float64)[apart + 3] / sum(BLUR)
 
 
 # ------------------------------------------------------------------- coupling, strip by strip
@@ -349,16 +391,6 @@ def compose_maps(levels: Tensors) -> Tensor:
         wide = x @ across.T
         x = torch.baddbmm(level.flatten(0, 1), down.expand(x.shape[0], -1, -1), wide)
     return x.unflatten(0, levels[0].shape[:2])
-
-
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept may be needed by a training later
-def up_matrix(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(2n,n): nearest-neighbor interpolation to twice the size, then blur (1,4,6,4,1)/16, along one axis."""
-    twice = torch.eye(size, dtype=torch.float64).repeat_interleave(2, dim=0)
-    taps = enumerate((1, 4, 6, 4, 1), start=-2)
-    blur = sum(n / 16 * torch.ones(2 * size - abs(i), dtype=torch.float64).diag(i) for i, n in taps)
-    return (blur @ twice).to(device, dtype)
 
 
 # ---------------------------------------------------------------------------- k x k convolutions

@@ -243,14 +243,13 @@ class LaplacianPyramid(nn.Module):
     def __init__(self, num_level: int):
         super().__init__()
         self.num_level = num_level
-        self.register_buffer("taps", torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16, persistent=False)
 
     def decompose(self, x: Tensor) -> Tensors:
         """(B,C,H,W) -> L levels, finest first; H and W divisible by 2^(L-1)."""
         levels = []
         for _ in range(self.num_level - 1):
-            smaller = F.max_pool2d(kernels.blur(x, self.taps), 2)
-            levels.append(x - kernels.blur_upsampled(smaller, self.taps))
+            smaller = F.max_pool2d(kernels.blur(x), 2)
+            levels.append(x - kernels.blur_upsampled(smaller))
             x = smaller
         return (*levels, x)
 
@@ -258,7 +257,7 @@ class LaplacianPyramid(nn.Module):
         """L levels -> (B,C,H,W).  Linear, and per channel."""
         x = levels[-1]
         for level in levels[-2::-1]:
-            x = kernels.blur_upsampled(x, self.taps) + level
+            x = kernels.blur_upsampled(x) + level
         return x
 
     def compose_maps(self, levels: Tensors) -> Tensor:

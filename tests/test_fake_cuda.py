@@ -58,10 +58,13 @@ class Kernels(TorchDispatchMode):
 def kernels_seen(monkeypatch):
     """Inside of this, tensors pretend to be on a GPU; nothing may mix devices."""
     monkeypatch.setattr(torch.autograd, "grad", gradients)
-    kernels.up_matrix.cache_clear()  # fake ones are of one mode alone
+    matrices = kernels.up_matrix, kernels.blur_matrix
+    for kept in matrices:  # fake ones are of one mode alone
+        kept.cache_clear()
     with FakeTensorMode(), Kernels() as seen:
         yield seen
-    kernels.up_matrix.cache_clear()
+    for kept in matrices:
+        kept.cache_clear()
     assert not seen.mixed
 
 
@@ -253,7 +256,7 @@ def test_template_and_whitening_of_good_images(free, monkeypatch):
 
 def test_the_kernels_of_a_score(kernels_seen):
     scorer = fake_scorer(fake_model(DEFAULT_MODELS["fnf"]))
-    scorer.score(fake_images(scorer.model))  # the matrices of `kernels.up_matrix` are made once
+    scorer.score(fake_images(scorer.model))  # the matrices of the blur are made once
     kernels_seen.counts.clear()
     scorer.score(fake_images(scorer.model))
     assert kernels_seen.total <= MOST_SCORING, kernels_seen.counts
@@ -264,7 +267,7 @@ def test_the_kernels_of_a_training_step(kernels_seen, save_memory):
     """Forward pass and loss; backward pass, clipping and optimizer."""
     model = fake_model(DEFAULT_MODELS["fnf"], save_memory=save_memory).train()
     images, parameters = fake_images(model), list(model.flow.parameters())
-    training_loss(model, *model(normalize(images)))  # the matrices of `kernels.up_matrix` are made once
+    training_loss(model, *model(normalize(images)))  # the matrices of the blur are made once
     kernels_seen.counts.clear()
     loss = training_loss(model, *model(normalize(images)))
     forward = kernels_seen.total
