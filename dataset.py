@@ -512,7 +512,7 @@ def read_image(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     Raises:
         InputError: not a readable image.
     """
-    image = _open(path)
+    image = open_image(path)
     if image.mode[0] in "IF":  # PIL's own conversion of 16 and 32 bit gray would clip, not scale
         image = Image.fromarray(_to_8_bits(image, path))
     image = image.convert("RGB")
@@ -555,17 +555,22 @@ def read_mask(image: TestImage, size: tuple[int, int] = MASK_SIZE) -> np.ndarray
 
 def _read_binary(path: Path, image: TestImage) -> np.ndarray:
     """One mask of an image: bool, as large as the image."""
-    mask, size = _open(path), _open(image.path, decode=False).size
+    mask, size = open_image(path), open_image(image.path, decode=False).size
     if mask.size != size:
         raise InputError(
             f"mask {path} is {size_text(mask.size[::-1])}, its image {size_text(size[::-1])}; they must agree"
         )
-    if "A" in mask.getbands() and np.ptp(np.asarray(mask.getchannel("A"))):
+    if alpha_varies(mask):
         raise InputError(f"mask {path} has an alpha channel; save it in black and white, without one")
     # Of a color the brightest channel: pure blue, and the dark red of a palette, are no black.
     array = np.asarray(mask if mask.mode[0] in "IF1" else mask.convert("RGB"), dtype=np.float32)
     array = array if array.ndim == 2 else array.max(2)
     return array > (_full_scale(array) / 2 if image.mask_is_binary else 0)
+
+
+def alpha_varies(image: Image.Image) -> bool:
+    """Whether there is an alpha channel, and it is not of one value."""
+    return "A" in image.getbands() and bool(np.ptp(np.asarray(image.getchannel("A"))))
 
 
 def _full_scale(array: np.ndarray) -> int:
@@ -574,7 +579,7 @@ def _full_scale(array: np.ndarray) -> int:
     return 1 if highest < 1.5 else 255 if highest < 300 else 65535
 
 
-def _open(path: Path, decode: bool = True) -> Image.Image:
+def open_image(path: Path, decode: bool = True) -> Image.Image:
     """The image as its EXIF turns it; without `decode`, pixels are read only to turn them."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:

@@ -33,15 +33,16 @@ from torch import Tensor, nn
 
 from dataset import MASK_SIZE
 from fit import add_checkpoint
-from scorer import DETAIL, LARGEST, Scorer, gaussian, latents_of, read_metrics
+from scorer import DETAIL, IMAGE_SCORES, LARGEST, Scorer, gaussian, latents_of, read_metrics
 from util import InputError, Parser, atomic_path, check_writable, first_line, run_script
 from verdict import (
+    HIGHEST,
     Calibration,
     Inspector,
     Scored,
     Thresholds,
     add_threshold_flags,
-    choose_thresholds,
+    require,
     thresholds_of_flags,
 )
 
@@ -65,6 +66,7 @@ def main() -> None:
         raise InputError(f"{args.out} does not end in .onnx, by which predict.py knows such a file; add it")
     check_writable(args.out.parent, "the folder of OUT.onnx,")
     scorer = Scorer.load(args.checkpoint, "cpu", "fp32")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     export_onnx(scorer, args.out, thresholds_of_flags(args, scorer), args.anyImageSize)
     print(f"written to {args.out}: {args.out.stat().st_size / 2**20:.1f} MiB")
 
@@ -78,13 +80,13 @@ def export_onnx(
     """Write an ONNX file that scores a batch of any size.
 
     Args:
-        thresholds: defaults of the graph; None: those of `choose_thresholds("quantile")`.
+        thresholds: defaults of the graph; None: the scorer's `usual_thresholds`.
         any_image_size: images are resized in the graph.
 
     Raises:
         InputError: the packages for it are missing, it would be too large, or it cannot be written.
     """
-    thresholds = thresholds or choose_thresholds("quantile", scorer.metrics, scorer.calibration)
+    thresholds = thresholds or scorer.usual_thresholds()
     data = serialize(scorer, thresholds, any_image_size)
     try:
         with atomic_path(path) as temporary:
@@ -182,6 +184,7 @@ def _about(scorer: Scorer) -> dict:
         "metrics": scorer.metrics,
         "calibration": None if scorer.calibration is None else asdict(scorer.calibration),
         "roi": None if scorer.roi is None else np.packbits(scorer.roi).tobytes().hex(),
+        "image_score": scorer.image_score,
     }
 
 
@@ -277,7 +280,8 @@ class OnnxScorer(Inspector):
     """An exported model, run by onnxruntime, with the interface of `scorer.Scorer`.
 
     Attributes:
-        class_name, image_size, map_size, roi, metrics, calibration, device: as in `scorer.Scorer`.
+        class_name, image_size, map_size, image_score, roi, metrics, calibration, device: as in `scorer.Scorer`.
+        thresholds: that it was exported with.
 
     Raises:
         InputError: onnxruntime is missing, or the file is not what `export_onnx` wrote.
@@ -300,12 +304,16 @@ class OnnxScorer(Inspector):
             self.device = torch.device(device if len(providers) > 1 else "cpu")
             again = int(len(providers) > 1)  # else a second attempt is the same, and announced on stdout
             self._session = onnxruntime.InferenceSession(data, options, providers=providers, enable_fallback=again)
-            about = json.loads(self._session.get_modelmeta().custom_metadata_map[METADATA_KEY])
+            metadata = self._session.get_modelmeta().custom_metadata_map
+            about = json.loads(metadata[METADATA_KEY])
             self.class_name, self.metrics = str(about["class"]), read_metrics(about["metrics"])
             self.image_size = _read_size(about["image_size"], self._session)
             others = self._session.get_overridable_initializers()
             self.map_size = next((tuple(x.shape) for x in others if x.name == "roi"), MASK_SIZE)
             self.roi = _read_roi(about.get("roi"), self.map_size)
+            self.thresholds = _read_thresholds(metadata)
+            self.image_score = about.get("image_score", "max")
+            require(self.image_score in IMAGE_SCORES, "image score")
             given = about["calibration"]
             self.calibration = None if given is None else Calibration.from_dict(given)
         except Exception:  # onnxruntime has exceptions of its own for damaged files
@@ -352,6 +360,15 @@ def _read_size(given: list[int], session) -> tuple[int, int]:
     if image.type != "tensor(uint8)" or image.shape[1:] not in ([height, width, 3], [*ANY_SIZE, 3]):
         raise ValueError("input")
     return height, width
+
+
+def _read_thresholds(metadata: dict[str, str]) -> Thresholds | None:
+    """Those in the metadata, if any; raises ValueError unless they are finite."""
+    if "pixel_threshold" not in metadata:
+        return None
+    thresholds = Thresholds(*(float(metadata[f"{of}_threshold"]) for of in ("pixel", "image")))
+    require(all(abs(x) < HIGHEST for x in asdict(thresholds).values()), "thresholds")
+    return thresholds
 
 
 def _read_roi(given: str | None, size: tuple[int, int]) -> Tensor | None:

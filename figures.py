@@ -155,9 +155,7 @@ def save_histogram(
     """Save a histogram of scores (N,) of good and defective images, with the thresholds that separate them."""
     images, thresholds = Ranking(scores[~defective], scores[defective]), {}
     if calibration is not None:
-        kind = "held-out" if calibration.held_out else "good training"
-        name = f"{1 - calibration.false_alarm:.3g} of {kind} images"
-        thresholds[name] = calibration.thresholds().image
+        thresholds[calibration.meaning] = calibration.thresholds().image
     if images.defined:
         thresholds["F1-max"] = images.f1_max()[1]
     figure = Figure(figsize=(6, 3.6), layout="constrained")

@@ -288,9 +288,7 @@ def save_evaluation(
         curves.append(pictures / "curves.png")
         figures.save_curves(curves[-1], epochs, pro_limit)
     if scorer.calibration is not None:
-        presets[f"{100 * (1 - scorer.calibration.false_alarm):.4g}% of good images"] = (
-            scorer.calibration.thresholds().image
-        )
+        presets[scorer.calibration.meaning] = scorer.calibration.thresholds().image
     if scorer.metrics.get("image_threshold") is not None:
         presets["best F1"] = scorer.metrics["image_threshold"]
     presets = presets or {"median score": float(scored.scores.median())}

@@ -230,7 +230,7 @@ class Run:
             self._board.add_image(name, dataset.read_image(path), epoch, dataformats="HWC")
         if self._board:
             self._board.close()
-        thresholds = named_thresholds(scorer.metrics, scorer.calibration)
+        thresholds = named_thresholds(scorer.metrics, scorer.calibration, scorer.image_score)
         util.write_json(self.folder / RESULT_FILE, {**self._result(), "thresholds": thresholds})
         checkpoint = shlex.quote(str(self.folder / LAST_FILE))
         self.say([f"\n{self._table()}"] if self.has_test else [])

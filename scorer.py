@@ -302,7 +302,7 @@ class Scorer(Inspector):
             "metrics": self.metrics,
             "calibration": None if self.calibration is None else asdict(self.calibration),
             # For people: `load` finds them anew.
-            "thresholds": named_thresholds(self.metrics, self.calibration),
+            "thresholds": named_thresholds(self.metrics, self.calibration, self.image_score),
         }
         save_checkpoint(path, content)
 

@@ -19,13 +19,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset import read_image
+from dataset import alpha_varies, open_image, read_image
 from metrics import sorted_scores
 from util import InputError, fraction
 
 PIXEL_QUANTILE, FALSE_ALARM, LOWEST_RATE = 0.999, 0.05, 1e-4
 IMAGE_QUANTILE = None  # of good images: the rest is the false-alarm rate that was chosen in training
 INTERVAL = (0.025, 0.975)
+RECALL_MARGIN = 0.01  # scores in another precision, or resized in an ONNX graph, differ by up to 0.7 %
 LOWEST, HIGHEST = (float(np.finfo(np.float32).tiny), 1e30)  # of thresholds, and of scores that mean something
 COLOR_QUANTILE = 0.999  # of good pixels; twice that score has the scale's highest color
 # Where the distribution of pixel scores is stored: every percent, and ever finer towards the highest.
@@ -118,6 +119,14 @@ class Calibration:
         highest = np.float32([self.pixel_scores[-1], self.image_scores[-1]])
         return Thresholds(*np.nextafter(highest, np.float32(np.inf)).tolist())
 
+    @property
+    def meaning(self) -> str:
+        """What the usual image threshold is, in a few words."""
+        count, quantile = len(self.image_scores), 1 - self.false_alarm
+        if self.held_out and self.rank(quantile) > count:
+            return f"the highest of {count} held-out image{'s' * (count != 1)}"
+        return f"{100 * quantile:.4g}% of {'held-out' if self.held_out else 'training'} images"
+
     def expected_false_alarms(self, rank: int) -> tuple[float, float, float]:
         """Of new good images, the share above the rank-th smallest held-out score: mean, 95 % interval.
 
@@ -135,8 +144,8 @@ class Calibration:
         count, quantile = len(self.image_scores), 1 - self.false_alarm
         line = f"image threshold {self.thresholds().image:.4g}, for a false-alarm rate of {self.false_alarm:.3g}: "
         if not self.held_out:
-            line += f"a quantile of {count} training images, which the weights have seen; new good images score a "
-            return line + "little higher: --holdout 0.2 tells how many are called defective"
+            line += f"a quantile of {count} training images, which the weights have seen; new good images score "
+            return line + "higher: --holdout 0.2 tells how many are called defective"
         rank = self.rank(quantile)
         mean, low, high = self.expected_false_alarms(min(rank, count))
         line += f"expect {mean:.1%} of new good images to be called defective (95 % interval {low:.1%} to "
@@ -172,16 +181,19 @@ def is_rate(given: object) -> bool:
 
 def choose_thresholds(
     choice: str, metrics: dict, calibration: Calibration | None,
-    quantiles: tuple[float, float | None] = (PIXEL_QUANTILE, IMAGE_QUANTILE),
+    quantiles: tuple[float, float | None] = (PIXEL_QUANTILE, IMAGE_QUANTILE), image_score: str = "max",
 ) -> Thresholds:  # fmt: skip
-    """`--threshold`: quantile, none, f1, recall, or a number for pixels and images alike.
+    """`--threshold`: quantile, none, f1, recall, or a number for images, or two for images and pixels.
 
     quantile: of good pixels and of good images.  none: just above the highest of them.  f1: the best F1 on the
-    test images.  recall: the highest image threshold that misses no defective test image, with f1's for pixels.
+    test images.  recall: an image threshold that misses no defective test image, with f1's for pixels.
+
+    Where there is none for pixels, it is that of images if the highest pixel is their score, else the quantile.
 
     Args:
         metrics: of the checkpoint.
         quantiles: of good pixels and of good images; None: as `Calibration.thresholds`.
+        image_score: of the checkpoint.
 
     Raises:
         InputError: the checkpoint does not hold what the choice needs.
@@ -196,23 +208,38 @@ def choose_thresholds(
         pixel, image = metrics.get("pixel_threshold"), metrics.get(name)
         if image is None:
             raise InputError(
-                f"--threshold {choice} needs defective and good test images, which the checkpoint's data set "
-                "lacks; use --threshold quantile or a number"
+                f"--threshold {choice} needs metrics of defective and good test images, which the checkpoint "
+                "lacks; use --threshold quantile or a number, or a file of train.py or of evaluate.py --score"
             )
-        return Thresholds(image if pixel is None else pixel, image)
+        if choice == "recall":
+            image -= RECALL_MARGIN * abs(image)
+    else:
+        image, pixel = _numbers(choice)
+    if pixel is None:
+        alike = image_score == "max" or calibration is None
+        pixel = image if alike else calibration.thresholds(*quantiles).pixel
+    return Thresholds(pixel, image)
+
+
+def _numbers(choice: str) -> tuple[float, float | None]:
+    """The numbers for images and for pixels in a text such as 0.5 or 0.5,3; raises InputError for another."""
     with contextlib.suppress(ValueError):
-        if abs(value := float(choice)) < HIGHEST:  # false of NaN, too
-            return Thresholds(value, value)
-    raise InputError(f"--threshold {choice}: use quantile, none, f1, recall or a number")
+        image, *pixel = map(float, choice.split(","))
+        if len(pixel) < 2 and all(abs(x) < HIGHEST for x in (image, *pixel)):  # false of NaN, too
+            return image, pixel[0] if pixel else None
+    raise InputError(
+        f"--threshold {choice}: use quantile, none, f1, recall, a number, or two with a comma: IMAGE,PIXEL"
+    )
 
 
 def add_threshold_flags(parser: argparse._ActionsContainer) -> None:
     """The flags of `thresholds_of_flags`."""
     add = parser.add_argument
     # fmt: off
-    add("--threshold", default="quantile",
+    add("--threshold", default="auto",
         help="quantile: of the scores of good images; none: above all of them; f1: where F1 is best on the test "
-        "images; recall: where none of their defective images is missed; or a number")
+        "images; recall: where none of their defective images is missed; a number, or two, IMAGE,PIXEL; auto: "
+        "what an .onnx file was exported with, else quantile")
     add("--pixelQuantile", type=fraction, default=PIXEL_QUANTILE,
         help="share of good pixels that stay below --threshold quantile")
     add("--imageQuantile", type=fraction, default=IMAGE_QUANTILE,
@@ -221,21 +248,24 @@ def add_threshold_flags(parser: argparse._ActionsContainer) -> None:
 
 
 def thresholds_of_flags(args: argparse.Namespace, scorer: Inspector) -> Thresholds:
-    """`choose_thresholds` of the flags of `add_threshold_flags`."""
+    """The thresholds that the flags of `add_threshold_flags` ask for."""
     quantiles = args.pixelQuantile, args.imageQuantile
-    return choose_thresholds(args.threshold, scorer.metrics, scorer.calibration, quantiles)
+    if args.threshold == "auto" and quantiles == (PIXEL_QUANTILE, IMAGE_QUANTILE):
+        return scorer.usual_thresholds()
+    choice = "quantile" if args.threshold == "auto" else args.threshold
+    return choose_thresholds(choice, scorer.metrics, scorer.calibration, quantiles, scorer.image_score)
 
 
-def named_thresholds(metrics: dict, calibration: Calibration | None) -> dict[str, dict]:
+def named_thresholds(metrics: dict, calibration: Calibration | None, image_score: str) -> dict[str, dict]:
     """Pixel and image threshold of each choice of `choose_thresholds` that can be had, and what it means."""
     meanings, named = ({"f1": "best F1 on the test images", "recall": "no defective test image is missed"}, {})
     if calibration is not None:
-        good, rate = "held-out" if calibration.held_out else "training", calibration.false_alarm
-        share = f"a share of {rate:g} of good images is called defective, by {good} images"
-        meanings = {"quantile": share, "none": f"no false alarm on {good} images", **meanings}
+        good = "held-out" if calibration.held_out else "training"
+        quantile = f"above {calibration.meaning}"
+        meanings = {"quantile": quantile, "none": f"no false alarm on {good} images", **meanings}
     for choice, meaning in meanings.items():
         with contextlib.suppress(InputError):
-            thresholds = choose_thresholds(choice, metrics, calibration)
+            thresholds = choose_thresholds(choice, metrics, calibration, image_score=image_score)
             named[choice] = {**asdict(thresholds), "meaning": meaning}
     return named
 
@@ -283,8 +313,17 @@ class Inspection:
 class Inspector:
     """What a `scorer.Scorer` and an `export.OnnxScorer` do alike.
 
-    Both have image_size, map_size, roi, metrics, calibration and `score`.
+    Both have image_size, map_size, image_score, roi, metrics, calibration and `score`.
+
+    Attributes:
+        thresholds: those that came with it; None: none did.
     """
+
+    thresholds = None
+
+    def usual_thresholds(self) -> Thresholds:
+        """Those that came with it, else the quantiles; raises InputError as `choose_thresholds`."""
+        return self.thresholds or choose_thresholds("quantile", self.metrics, self.calibration)
 
     def region(self, roi: Picture | None) -> np.ndarray | None:
         """bool of any size: the given one by `read_roi`, else the one it was fitted with, if any."""
@@ -300,7 +339,7 @@ class Inspector:
 
         Args:
             images: of any size.
-            thresholds: None: those of `choose_thresholds("quantile")`.
+            thresholds: None: `usual_thresholds`.
             min_area: regions of fewer pixels are no defects.
             roi: white where the part is; what lies outside does not count.  None: as it was fitted.
             batch_size: images that are scored together.
@@ -310,7 +349,7 @@ class Inspector:
         """
         if not isinstance(images, (list, tuple)):
             return self.inspect([images], thresholds, min_area, roi)[0]
-        thresholds = thresholds or choose_thresholds("quantile", self.metrics, self.calibration)
+        thresholds = thresholds or self.usual_thresholds()
         roi, results = self.region(roi), []
         for start in range(0, len(images), batch_size):
             batch = [to_rgb(image) for image in images[start : start + batch_size]]
@@ -409,15 +448,24 @@ def read_roi(roi: Picture) -> np.ndarray:
     """bool (h,w) of a file or array: true where it is brighter than half of its brightest.
 
     Raises:
-        InputError: not readable, or all black.
+        InputError: not readable, all black, or with an alpha channel that is not of one value.
     """
+    name = roi if isinstance(roi, (str, Path)) else "the mask of the part"
     if isinstance(roi, np.ndarray) and roi.dtype == bool:
         roi = roi.astype(np.uint8)
     brightness = to_rgb(roi).max(2)
+    if has_shape_in_alpha(roi):
+        raise InputError(f"{name} has an alpha channel; save it in black and white, without one")
     if not brightness.any():
-        name = roi if isinstance(roi, (str, Path)) else "the mask of the part"
         raise InputError(f"{name} is all black; paint white what is to be inspected")
     return brightness > brightness.max() / 2
+
+
+def has_shape_in_alpha(picture: Picture) -> bool:
+    """Whether the alpha channel of an array or of a file is not of one value."""
+    if isinstance(picture, np.ndarray):
+        return picture.ndim == 3 and picture.shape[2] == 4 and bool(np.ptp(picture[..., 3]))
+    return alpha_varies(open_image(Path(picture)))
 
 
 def resize_roi(roi: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -224,22 +224,32 @@ def test_images_of_any_size(exported, of_any_size):
 
 
 def test_flags_of_the_export(trained, tmp_path, run_main):
-    flags = ["--anyImageSize", "--threshold", "0.25"]
-    code, out, err = run_main(export.main, [trained.run, tmp_path / "a.onnx", *flags])
+    path = tmp_path / "new" / "a.onnx"
+    flags = ["--anyImageSize", "--threshold", "0.25,3"]
+    code, out, err = run_main(export.main, [trained.run, path, *flags])
     assert code == 0, err
     assert str(trained.checkpoint) in out
-    metadata = session_of(tmp_path / "a.onnx").get_modelmeta().custom_metadata_map
+    metadata = session_of(path).get_modelmeta().custom_metadata_map
     assert (metadata["any_image_size"], metadata["image_threshold"]) == ("true", "0.25")
     flags = ["--out", tmp_path / "out", "--gpu", "cpu", "--roi", tmp_path / "roi.png"]
     Image.new("L", (5, 5), 255).save(tmp_path / "roi.png")
     images = trained.data / "widget" / "test"
-    assert run_main(predict.main, [tmp_path / "a.onnx", images, *flags])[0] == 0
+    assert run_main(predict.main, [path, images, *flags])[0] == 0
+    with (tmp_path / "out" / "scores.csv").open() as table:
+        used = {(row["threshold"], row["pixel_threshold"]) for row in csv.DictReader(table)}
+    assert used == {("0.25", "3")}  # its own
+    quantile = OnnxScorer(path).calibration.thresholds()
+    for flag in (["--threshold", "quantile"], ["--imageQuantile", 0.5]):
+        out = tmp_path / flag[0]
+        assert run_main(predict.main, [path, images, "--out", out, "--gpu", "cpu", *flag])[0] == 0
+        with (out / "scores.csv").open() as table:
+            assert {row["pixel_threshold"] for row in csv.DictReader(table)} == {f"{quantile.pixel:.6g}"}
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--threshold", "high"], "use quantile, none, f1, recall or a number"),
+        (["--threshold", "high"], "use quantile, none, f1, recall, a number"),
         (["--imageQuantile", 2], "not a number from 0 to 1"),
     ],
 )

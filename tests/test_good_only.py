@@ -24,7 +24,7 @@ import train
 from dataset import AnomalyClass, hold_out, is_flat, load_masks, normalize, open_class, open_folders
 from scorer import Scorer, load_checkpoint, save_checkpoint
 from util import Clock, InputError
-from verdict import LEVELS, Calibration, choose_thresholds, named_thresholds
+from verdict import LEVELS, RECALL_MARGIN, Calibration, choose_thresholds, named_thresholds
 
 ONCE = [*SMALL[2:], "--epochs", 1]  # without --cls
 PIXELS = np.linspace(0, 1, len(LEVELS)).tolist()
@@ -427,6 +427,12 @@ def test_too_few_images_take_the_largest_score_and_say_so():
     assert enough.thresholds(image_quantile=0.5).image == 9.0
 
 
+def test_too_few_held_out_images_are_not_called_a_quantile():
+    assert Calibration([1.0, 2.0, 3.0], PIXELS, True).meaning == "the highest of 3 held-out images"
+    assert Calibration(np.arange(19.0).tolist(), PIXELS, True).meaning == "95% of held-out images"
+    assert Calibration([1.0, 2.0, 3.0], PIXELS).meaning == "95% of training images"
+
+
 def test_without_held_out_images_a_quantile_is_taken_as_it_is():
     scores = np.arange(10.0).tolist()
     assert Calibration(scores, PIXELS).thresholds().image == np.quantile(scores, 0.95)
@@ -438,13 +444,14 @@ def test_the_named_thresholds():
     scores = torch.rand(20, generator=torch.Generator().manual_seed(0)).sort().values
     calibration = Calibration(scores.tolist(), PIXELS, True, 0.1)
     metrics = {"pixel_threshold": 0.4, "image_threshold": 0.6, "image_recall_threshold": 0.5}
-    named = named_thresholds(metrics, calibration)
+    named = named_thresholds(metrics, calibration, "max")
     assert list(named) == ["quantile", "none", "f1", "recall"]
     assert named["quantile"]["image"] == scores[18]
     assert not (scores >= named["none"]["image"]).any()
     assert (scores >= np.nextafter(np.float32(named["none"]["image"]), np.float32(0))).any()
-    assert (named["recall"]["pixel"], named["recall"]["image"]) == (0.4, 0.5)
-    assert list(named_thresholds({}, calibration)) == ["quantile", "none"]
+    assert (named["recall"]["pixel"], named["recall"]["image"]) == (0.4, 0.5 * (1 - RECALL_MARGIN))
+    assert named["quantile"]["meaning"] == "above 90% of held-out images"
+    assert list(named_thresholds({}, calibration, "max")) == ["quantile", "none"]
     for choice in ("none", "recall"):
         with pytest.raises(InputError, match="the checkpoint"):
             choose_thresholds(choice, {}, None)

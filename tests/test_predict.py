@@ -196,7 +196,7 @@ def test_an_encoder_has_no_image_template(tmp_path, run_main):
     ("extra", "message"),
     [
         (["nowhere"], "nowhere does not exist"),
-        (["--threshold", "high"], "use quantile, none, f1, recall or a number"),
+        (["--threshold", "high"], "use quantile, none, f1, recall, a number"),
         (["--imageQuantile", 2], "not a number from 0 to 1"),
         (["--batchSize", 0], "whole number from 1"),
         (["--gpu", 9], "no such CUDA device"),

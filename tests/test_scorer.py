@@ -23,6 +23,7 @@ from verdict import (
     choose_thresholds,
     distribution,
     find_defects,
+    read_roi,
     resize_roi,
 )
 
@@ -392,6 +393,20 @@ def test_the_choices_of_a_threshold():
     assert (chosen.pixel, chosen.image) == (0.6, 0.6)
     chosen = choose_thresholds("0.25", metrics, None, quantiles)
     assert (chosen.pixel, chosen.image) == (0.25, 0.25)
+    chosen = choose_thresholds("0.25,3", metrics, None, quantiles)
+    assert (chosen.pixel, chosen.image) == (3.0, 0.25)
+
+
+@pytest.mark.parametrize("choice", ["f1", "recall", "0.6"])
+def test_a_threshold_of_images_says_nothing_of_pixels_that_are_scored_otherwise(choice):
+    """A bank's images are scored by detail, of which maps have many times as much."""
+    calibration = Calibration([1.0, 2.0, 3.0], np.linspace(0, 10, len(LEVELS)).tolist())
+    metrics = {"pixel_threshold": None, "image_threshold": 0.6, "image_recall_threshold": 0.6}
+    expected = {"max": pytest.approx(0.6, rel=0.02), "detail": calibration.thresholds().pixel}
+    for image_score, pixel in expected.items():
+        chosen = choose_thresholds(choice, metrics, calibration, image_score=image_score)
+        assert chosen.pixel == pixel
+        assert chosen.image == pytest.approx(0.6, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -399,9 +414,11 @@ def test_the_choices_of_a_threshold():
     [
         ("quantile", "fit it on at least two"),
         ("f1", "use --threshold quantile or a number"),
-        ("high", "use quantile, none, f1, recall or a number"),
-        ("1e39", "use quantile, none, f1, recall or a number"),
-        ("nan", "use quantile, none, f1, recall or a number"),
+        ("high", "use quantile, none, f1, recall, a number"),
+        ("1e39", "use quantile, none, f1, recall, a number"),
+        ("nan", "use quantile, none, f1, recall, a number"),
+        ("1,2,3", "use quantile, none, f1, recall, a number"),
+        ("1,", "use quantile, none, f1, recall, a number"),
     ],
 )
 def test_a_threshold_that_cannot_be_had(choice, message):
@@ -410,6 +427,17 @@ def test_a_threshold_that_cannot_be_had(choice, message):
 
 
 # ---------------------------------------------------------------------------------- inspecting
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_a_region_in_an_alpha_channel_is_refused(tmp_path, as_file):
+    region = np.full((8, 8, 4), 255, dtype=np.uint8)
+    save_image(tmp_path / "roi.png", region)
+    assert read_roi(tmp_path / "roi.png" if as_file else region).all()
+    region[:4, :, 3] = 0
+    save_image(tmp_path / "roi.png", region)
+    with pytest.raises(InputError, match="alpha channel; save it in black and white"):
+        read_roi(tmp_path / "roi.png" if as_file else region)
 
 
 def test_arrays_files_and_lists_of_any_size_are_inspected_alike(trained, tmp_path):
