@@ -155,6 +155,12 @@ def open_class(
         )
     if name not in {*present, *list_classes(datapath, dataset)}:
         have = f"classes there: {', '.join(present)}" if present else "no class folders there"
+        if any((datapath / part).is_dir() for part in ("train", *TEST_FOLDERS)):
+            parent, itself = datapath.resolve().parent, datapath.resolve().name
+            have = f"it is a class itself: give --datapath {parent} --cls {itself}"
+        elif not present and (datapath / name).is_dir():
+            good = GOOD_FOLDERS.get(dataset, "good")
+            have = f"{datapath / name} has no folder {f'train/{good}' if need_train else 'test'}"
         raise InputError(f"no class {name!r} in {datapath} (layout {dataset}); {have}")
     if dataset == "visa":
         data = _open_visa_class(datapath, name)
@@ -164,8 +170,11 @@ def open_class(
         data = _open_folder(datapath / name, GOOD_FOLDERS[dataset])
     for part, images, needed in (("training", data.train, need_train), ("test", data.test, need_test)):
         if needed and not images:
-            raise InputError(f"no {part} images of class {name} in {datapath} (layout {dataset}); put some there")
-    data.warnings.extend([*copies(data), *nearly_black(data.train)])
+            raise InputError(
+                f"no {part} images of class {name} in {datapath} (layout {dataset}); put some there, and not into "
+                "folders of their own"
+            )
+    data.warnings.extend(oddities(data))
     return data
 
 
@@ -216,8 +225,8 @@ def open_folders(name: str, good: Path, bad: Path | None, masks: Path | None) ->
             f"{unmasked[0]} has no mask {masks / unmasked[0].stem}_mask.png; add it, or leave --masks out"
         )
     folders = [folder for flag, folder in given.items() if flag != "--masks"]
-    data = AnomalyClass(name, list_images(good), test, skipped_files(folders))
-    data.warnings.extend([*copies(data), *nearly_black(data.train)])
+    data = AnomalyClass(name, list_images(good), test)
+    data.warnings.extend(oddities(data, folders))
     return data
 
 
@@ -252,6 +261,11 @@ def is_flat(datapath: Path, dataset: str = "auto") -> bool:
     )
 
 
+def oddities(data: AnomalyClass, folders: Iterable[Path] = ()) -> list[str]:
+    """Lines about images that are copies or nearly black, and about what is no image in the folders."""
+    return [*skipped_files(folders), *copies(data), *nearly_black(data.train)]
+
+
 def skipped_files(folders: Iterable[Path]) -> list[str]:
     """A line about what lies in folders of images and is none, or no line."""
     inside = sorted(p for folder in folders if folder.is_dir() for p in folder.iterdir() if _visible(p))
@@ -259,8 +273,8 @@ def skipped_files(folders: Iterable[Path]) -> list[str]:
     if not skipped:
         return []
     return [
-        f"{len(skipped)} of {len(inside)} files are skipped, the first is {skipped[0]}; images are files that "
-        f"end in {', '.join(sorted(IMAGE_SUFFIXES))}"
+        f"{len(skipped)} of {len(inside)} files and folders are skipped, the first is {skipped[0]}; images are "
+        f"files that end in {', '.join(sorted(IMAGE_SUFFIXES))}"
     ]
 
 
@@ -605,10 +619,13 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def load_masks(data: AnomalyClass, num_workers: int, size: tuple[int, int] = MASK_SIZE) -> Tensor | None:
+def load_masks(
+    data: AnomalyClass, num_workers: int, size: tuple[int, int] = MASK_SIZE, roi: Tensor | None = None
+) -> Tensor | None:
     """bool (N,h,w) of the test images; None in a class without masks.
 
-    Defective images whose mask is empty, or all white, are counted in a line that is added to `data.warnings`.
+    Defective images whose mask is empty, outside of `roi`, or all white, are counted in a line that is added to
+    `data.warnings`.
 
     Raises:
         InputError: a mask cannot be read, or has another size than its image.
@@ -619,8 +636,10 @@ def load_masks(data: AnomalyClass, num_workers: int, size: tuple[int, int] = MAS
     paths = [image.path for image in data.test]
     _read_all(lambda i: read_mask(data.test[i], size), masks, num_workers, "masks", paths)
     flat = masks.flatten(1)
+    outside = torch.zeros(len(flat), dtype=torch.bool) if roi is None else ~(masks & roi.cpu()).flatten(1).any(1)
     for odd, what, count_as in (
         (~flat.any(1), "an empty mask", "good"),
+        (flat.any(1) & outside, "no defect inside of --roi and stay defective", "good"),
         (flat.all(1), "a mask that is all white", "bad"),
     ):
         found = (data.defective & odd).nonzero().flatten().tolist()
@@ -641,6 +660,14 @@ def _read_all(
     )
     for i, array in enumerate(progress(arrays, description, len(out))):
         out[i] = torch.from_numpy(array)
+
+
+def image_shape(path: Path, otherwise: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of an image, as its EXIF turns it; `otherwise` if it cannot be read any more."""
+    try:
+        return open_image(path, decode=False).size[::-1]
+    except InputError:
+        return otherwise
 
 
 def decoded_bytes(path: Path) -> int:

@@ -44,6 +44,7 @@ from util import (
     write_csv,
     write_json,
 )
+from verdict import roi_remarks
 
 
 def main() -> None:
@@ -69,9 +70,12 @@ def main() -> None:
 
     folder = create_run_folder(args.out, name, "--out")
     log = start_log(folder / "log.txt", describe_environment(device))
+    for line in [*data.warnings, *roi_remarks(args.roi, test_set.images.paths)]:
+        log.info(f"class {name}: {line}")
     rows = [{"class": name, "checkpoint": str(args.checkpoint), **s.metrics} for s in scorers]
     write_csv(folder / "metrics.csv", rows)
-    write_json(folder / "result.json", rows[-1])
+    settings = {flag: str(value) if isinstance(value, Path) else value for flag, value in vars(args).items()}
+    write_json(folder / "result.json", {**rows[-1], "settings": settings})
     if anew:
         last.save(folder / "scorer.pt")
     report.save_evaluation(folder, test_set, scored[-1], last, rows, vars(args), args.proLimit)

@@ -18,13 +18,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from dataset import IMAGENET_MEAN, IMAGENET_STD, TestImage, read_image
+from dataset import IMAGENET_MEAN, IMAGENET_STD, TestImage, image_shape, read_image
 from metrics import PRO_LIMIT, TABLE_METRICS, Ranking, metric_labels
 from scorer import Scorer, TestSet
 from util import atomic_path
 from verdict import Calibration, Scored, distribution
 
 PANELS_PER_KIND = 3
+TEST_IMAGES = "test images"
 COLOR_MAP = "turbo"
 OVERLAY_OPACITY = 0.7  # of the highest scores
 CURVE_POINTS = 2000  # more than that cannot be seen
@@ -64,7 +65,7 @@ def choose_examples(test: list[TestImage]) -> list[int]:
 
 def save_evaluation(
     folder: Path, test_set: TestSet, scored: Scored, scorer: Scorer, pro_limit: float = PRO_LIMIT,
-    shown: str = "test images",
+    shown: str = TEST_IMAGES,
 ) -> list[Path]:  # fmt: skip
     """Save panels of a few images of each kind, the histogram of image scores, and curves that are defined.
 
@@ -89,7 +90,9 @@ def save_evaluation(
             template = to_picture(template)
         mask = None if truth.masks is None else truth.masks[i]
         title = f"{test_set.data.name}, {test_image.kind}/{test_image.path.name}"
-        save_panel(path, title, image, template, maps[i], scale, mask)
+        save_panel(
+            path, title, image, template, maps[i], scale, mask, image_shape(test_image.path, image.shape[:2])
+        )
     save_histogram(folder / "histogram.png", scores, truth.defective, scorer.calibration, shown)
     rankings = {"images": Ranking(scores[~truth.defective], scores[truth.defective])}
     if truth.masks is not None:
@@ -117,12 +120,13 @@ def file_name(name: str) -> str:
 
 def save_panel(
     path: Path, title: str, image: np.ndarray, template: np.ndarray | None, anomaly_map: Tensor,
-    scale: tuple[float, float], mask: Tensor | None,
+    scale: tuple[float, float], mask: Tensor | None, shape: tuple[int, int],
 ) -> None:  # fmt: skip
     """Save image and template (h,w,3), anomaly map and true mask (H,W) in a row (Fig. 7); None is left out.
 
     Args:
         scale: (lowest, highest) score of the colors.
+        shape: (h, w) of the image's file, in whose proportions all are shown.
     """
     colors = {"cmap": COLOR_MAP, "vmin": scale[0], "vmax": scale[1]}
     parts = [("image", image, {}), ("anomaly map", anomaly_map.cpu().numpy(), colors)]
@@ -135,6 +139,7 @@ def save_panel(
     all_axes = figure.subplots(1, len(parts), squeeze=False)[0]
     for axes, (name, picture, options) in zip(all_axes, parts, strict=True):
         shown = axes.imshow(picture, **options)
+        axes.set_aspect(shape[0] / shape[1] * picture.shape[1] / picture.shape[0])
         axes.set_title(name, fontsize=9)
         axes.set_axis_off()
         if name == "anomaly map":
@@ -150,7 +155,7 @@ def _one_line(title: str) -> str:
 
 def save_histogram(
     path: Path, scores: Tensor, defective: Tensor, calibration: Calibration | None,
-    shown: str = "test images",
+    shown: str = TEST_IMAGES,
 ) -> None:  # fmt: skip
     """Save a histogram of scores (N,) of good and defective images, with the thresholds that separate them."""
     images, thresholds = Ranking(scores[~defective], scores[defective]), {}
@@ -160,7 +165,8 @@ def save_histogram(
         thresholds["F1-max"] = images.f1_max()[1]
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    bins = np.linspace(float(scores.min()), float(scores.max()) + 1e-12, 41)
+    low, high = float(scores.min()), float(scores.max())
+    bins = np.linspace(low, max(high, low + 1e-3 * abs(low) + 1e-12), 41)
     for name, chosen, color in (("good", ~defective, "green"), ("defective", defective, "red")):
         if count := int(chosen.sum()):
             values = scores[chosen].cpu().numpy()
@@ -215,21 +221,18 @@ def _plot(axes: Axes, x: Tensor | np.ndarray, y: Tensor | np.ndarray, label: str
 def save_curves(path: Path, rows: list[dict], pro_limit: float = PRO_LIMIT) -> None:
     """Save loss and metrics over epochs, from the rows of metrics.csv."""
     epochs, labels = [row["epoch"] for row in rows], metric_labels(pro_limit)
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    defined = {key: values for key in TABLE_METRICS if None not in (values := [row[key] for row in rows])}
+    count = 2 if defined else 1
+    figure = Figure(figsize=(6.5 * count, 3.8), layout="constrained")
+    left, *right = all_axes = figure.subplots(1, count, squeeze=False)[0]
     left.plot(epochs, [row["loss"] for row in rows], marker="o")
     left.set(title="training loss", xlabel="epoch")
-    for key in TABLE_METRICS:
-        values = [row[key] for row in rows]
-        if None not in values:
-            right.plot(epochs, values, marker="o", label=labels[key])
-    right.set(title="test metrics", xlabel="epoch")
-    if right.lines:
-        right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    else:
-        right.set_axis_off()
-        right.set_title("no test metrics")
-    for axes in (left, right):
+    for axes in right:
+        for key, values in defined.items():
+            axes.plot(epochs, values, marker="o", label=labels[key])
+        axes.set(title="test metrics", xlabel="epoch")
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axes in all_axes:
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
     _save(figure, path)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dataset import IMAGE_SUFFIXES, Images, list_images
+from dataset import IMAGE_SUFFIXES, AnomalyClass, Images, list_images, oddities
 from model import PyramidFlowConfig
 from scorer import IMAGE_SCORES, LARGEST, MOST_SMOOTH, MOST_TEMPLATES, SCORES, ScoreOptions, Scorer, fit_all
 from util import (
@@ -36,7 +36,7 @@ from util import (
     start_on,
     whole_number,
 )
-from verdict import read_roi, resize_roi
+from verdict import read_roi, resize_roi, roi_remarks
 
 UNCHANGED = {"score": None, "imageScore": None, "mapSize": None}  # where a checkpoint has its own
 
@@ -51,6 +51,9 @@ def main() -> None:
     check_writable(args.out.parent, "--out")
     stored = Scorer.load(args.checkpoint, device, args.precision)
     paths = find_good_images(args.good)
+    odd = oddities(AnomalyClass(stored.class_name, paths, []), [args.good])
+    for line in [*odd, *roi_remarks(args.roi, paths)]:
+        print(line)
     images = Images(paths, stored.image_size, "auto", device, args.numWorkers, "good images")
     options = options_of_flags(args, stored.options)
     with finite_scores(args.checkpoint):

@@ -44,6 +44,7 @@ from util import (
     StopSignals,
     add_running_flags,
     atomic_path,
+    check_writable,
     choose_precision,
     count_images,
     lock,
@@ -61,6 +62,7 @@ from verdict import (
     judge,
     resize_image,
     resize_roi,
+    roi_remarks,
     thresholds_of_flags,
 )
 
@@ -84,12 +86,14 @@ def main() -> None:
         thresholds, roi = thresholds_of_flags(args, scorer), scorer.region(args.roi)
         number, count = args.shard
         items = find_images(args.images)[number - 1 :: count]
+        for line in roi_remarks(args.roi, [item.path for item in items[:1]]):
+            print(line)
         results = Results(args.out, describe(args, items, scorer, device), args.resume)
     if template is not None:
         write_template(template, args.template)
     if not args.images:
         return
-    if results.finished:
+    if results.finished:  # all could be read
         print(f"{args.out} is finished: {count_images(len(items))}")
         return
     unreadable = predict(scorer, items, args, thresholds, roi, results)
@@ -162,6 +166,7 @@ def read_template(scorer: Scorer | OnnxScorer, path: Path) -> np.ndarray:
         raise InputError("--template: an .onnx file holds no inverse; choose the .pt file it was made of")
     if path.exists():
         raise InputError(f"--template {path} exists; choose a new file")
+    check_writable(path.parent, "--template")
     template = scorer.image_template()
     if template is None:
         raise InputError(
@@ -173,6 +178,7 @@ def read_template(scorer: Scorer | OnnxScorer, path: Path) -> np.ndarray:
 
 def write_template(template: np.ndarray, path: Path) -> None:
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
             Image.fromarray(template).save(temporary, format="png")
     except OSError as error:
@@ -232,8 +238,8 @@ def _images_below(root: Path) -> list[Path]:
     found = [image for folder in _folders_below(root) for image in list_images(folder)]
     if found:
         return found
-    if (root / MARKER).is_file():
-        raise InputError(f"{root} holds results of predict.py; choose a folder of images")
+    if _holds_results(root):
+        raise InputError(f"{root} holds results of this program; choose a folder of images")
     raise InputError(f"no images in {root}; it may hold {', '.join(sorted(IMAGE_SUFFIXES))}")
 
 
@@ -242,13 +248,18 @@ def _folders_below(root: Path) -> Iterator[Path]:
     seen = set()
     for name, inside, _ in os.walk(root, onerror=_cannot_read, followlinks=True):
         folder, real = Path(name), os.path.realpath(name)
-        if real in seen or (folder / MARKER).is_file():
+        if real in seen or _holds_results(folder):
             inside.clear()
             continue
         seen.add(real)
         visible = (n for n in inside if not n.startswith("."))
         inside[:] = sorted(visible, key=lambda n, folder=folder: ((folder / n).is_symlink(), n))
         yield folder
+
+
+def _holds_results(folder: Path) -> bool:
+    """Whether a prediction, a run or an evaluation wrote it, whose pictures are not to be scored."""
+    return any((folder / name).is_file() for name in (MARKER, report.FILE))
 
 
 def _cannot_read(error: OSError) -> None:
@@ -372,16 +383,21 @@ class Results:
         self._file.close()
         (self.out / ROWS).unlink(missing_ok=True)
 
-    def finish(self, items: list[Item]) -> int:
-        """Write the tables, in the order of the items; the number of defective images."""
+    def write(self, items: list[Item], more: bool) -> int:
+        """Write the tables, in the order of the items; the number of defective images.
+
+        Args:
+            more: images are left, which --resume tries again.
+        """
         self._file.seek(0)
         rows = {row["name"]: row for row in map(json.loads, self._file)}
         rows = [rows[name] for item in items if (name := item.name.as_posix()) in rows]
         write_csv(self.out / "scores.csv", [row["score"] for row in rows], SCORE_COLUMNS)
         defects = [defect for row in rows for defect in row["defects"]]
         write_csv(self.out / "defects.csv", defects, DEFECT_COLUMNS)
-        self._mark(finished=True)
-        self._close()
+        if not more:
+            self._mark(finished=True)
+            self._close()
         return sum(row["score"]["decision"] == "defective" for row in rows)
 
 
@@ -427,9 +443,12 @@ def predict(
                 f"stopped, {len(results.done)} of {count_images(len(items))} are done; to continue: python "
                 f"{shlex.join(sys.argv)}{flag}"
             ) from None
+    if not results.done:
+        print(f"no image written to {args.out}; of {count_images(len(items))} none can be read:")
+        return unreadable
     rate = (len(left) - len(unreadable)) / (time.perf_counter() - start)
     report.save_predictions(writer.report, args.out / report.FILE, scorer, vars(args))
-    defective, count = results.finish(items), count_images(len(items) - len(unreadable))
+    defective, count = results.write(items, bool(unreadable)), count_images(len(items) - len(unreadable))
     line = f"{count}, {defective} defective, {rate:.1f} images/s, written to {args.out}"
     print(f"{line}; {len(unreadable)} cannot be read:" if unreadable else line)
     return unreadable
@@ -500,7 +519,7 @@ class Writer:
         verdict = judge(anomaly, score, size, self._thresholds, self._min_area, self._roi)
         if self._small_roi is not None:
             anomaly = np.where(self._small_roi, anomaly, anomaly.min())
-        self.report.add_prediction(image.item.path, image.original, anomaly, score, self._thresholds.pixel)
+        self.report.add_prediction(image.item.path, image.original, anomaly, score, verdict.mask)
         if "overlays" in self._write:
             shown = overlay(image.original, verdict.map, self._scale)
             self._save("overlays", name, lambda path: write_png(path, shown))

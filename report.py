@@ -23,6 +23,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 import figures
+from dataset import image_shape
+from figures import TEST_IMAGES
 from metrics import METRICS, PRO_LIMIT, metric_labels
 from scorer import Scorer, TestSet
 from util import describe_environment, percent, write_text
@@ -76,6 +78,13 @@ def colored(scores: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
     low, high = scale
     levels = ((scores - low) / (high - low)).clip(0, 1)
     return (matplotlib.colormaps[figures.COLOR_MAP](levels)[..., :3] * 255).round().astype(np.uint8)
+
+
+def in_proportion(image: np.ndarray, path: Path) -> np.ndarray:
+    """A thumbnail of an image uint8 (h,w,3), which may be stretched, in the proportions of its file."""
+    height, width = image_shape(path, image.shape[:2])
+    scale = min(1.0, THUMBNAIL / max(height, width))
+    return resize_image(image, (max(1, round(scale * height)), max(1, round(scale * width))))
 
 
 def _resized(scores: np.ndarray, longest: int, shape: Sequence[int]) -> np.ndarray:
@@ -149,10 +158,10 @@ class Report:
                 heapq.heappop(self._kept)
 
     def add_prediction(
-        self, path: Path, image: np.ndarray, anomaly: np.ndarray, score: float, threshold: float
+        self, path: Path, image: np.ndarray, anomaly: np.ndarray, score: float, mask: np.ndarray
     ) -> None:
-        """Take an image without label; its mask is where the map reaches the threshold."""
-        self.add(path, str(path.parent), None, score, image, anomaly, {"mask": anomaly >= threshold})
+        """Take an image without label, with the mask of its verdict."""
+        self.add(path, str(path.parent), None, score, image, anomaly, {"mask": mask})
 
     def add_earlier(self, path: Path, score: float) -> None:
         """Take an image without label and without pictures: it counts, and is not shown."""
@@ -270,7 +279,7 @@ def metric_table(rows: list[dict], pro_limit: float = PRO_LIMIT) -> tuple[list[s
 
 def save_evaluation(
     folder: Path, test_set: TestSet, scored: Scored, scorer: Scorer, rows: list[dict], settings: dict,
-    pro_limit: float = PRO_LIMIT, shown: str = "test images",
+    pro_limit: float = PRO_LIMIT, shown: str = TEST_IMAGES,
 ) -> None:  # fmt: skip
     """Write the pictures and the report of a run or of an evaluation.
 
@@ -280,9 +289,13 @@ def save_evaluation(
         rows: of metrics.csv; those with a loss are a run's, whose epochs are drawn.
         settings: flags of the command.
         pro_limit: false-positive rate up to which PRO is taken.
-        shown: what the images are.
+        shown: what the images are; good ones in place of test images have no label and no metrics.
     """
     pictures, presets, truth = folder / "pictures", {}, test_set.truth
+    if scorer.roi is not None:  # outside, nothing is shown
+        lowest = scored.maps.amin((1, 2), keepdim=True)
+        scored = scored._replace(maps=scored.maps.where(scorer.roi.to(lowest.device), lowest))
+    has_test = shown == TEST_IMAGES
     curves = figures.save_evaluation(pictures, test_set, scored, scorer, pro_limit, shown)
     if epochs := [row for row in rows if row["score"] == rows[-1]["score"] and "loss" in row]:
         curves.append(pictures / "curves.png")
@@ -297,14 +310,15 @@ def save_evaluation(
     maps, scores = (x.cpu() for x in scored)
     for i, image in enumerate(test_set.data.test):
         masks = {} if truth.masks is None else {"ground truth": truth.masks[i].cpu().numpy()}
-        arguments = (float(scores[i]), test_set.images[i], maps[i].numpy(), masks)
-        page.add(Path(image.path.name), image.kind, image.defective, *arguments)
+        picture = in_proportion(test_set.images[i], image.path)
+        arguments = (float(scores[i]), picture, maps[i].numpy(), masks)
+        page.add(Path(image.path.name), image.kind, image.defective if has_test else None, *arguments)
     template = scorer.image_template()
     page.save(
         folder / FILE,
         _sections(scorer, settings),
         describe_environment(scorer.device),
-        metric_table(rows, pro_limit),
+        metric_table(rows, pro_limit) if has_test else None,
         curves,
         None if template is None else figures.to_picture(template),
     )
@@ -332,5 +346,6 @@ def save_predictions(page: Report, path: Path, scorer, settings: dict) -> None:
 def _sections(scorer, settings: dict) -> dict[str, dict]:
     """The command's settings, and those of the training if they are others."""
     training = getattr(scorer, "settings", {})
-    shown = {"Settings": settings}
+    without = ("datapath",) if settings.get("good") else ()
+    shown = {"Settings": {flag: value for flag, value in settings.items() if flag not in without}}
     return shown if training in ({}, settings) else {**shown, "Settings of the training": training}

@@ -26,11 +26,12 @@ import report
 import spectral
 import util
 from dataset import AnomalyClass, Images, TestImage
+from figures import TEST_IMAGES
 from metrics import METRICS, TABLE_METRICS, GroundTruth, Metrics, metric_labels, result_table
 from model import PyramidFlow, PyramidFlowConfig, coupling_schedule, load_encoder_weights
 from scorer import LAST_FILE, Scorer, TestSet, left_out_factor, load_checkpoint, read_tensor, save_checkpoint
 from util import Clock, DivergedError, InputError, Interrupted
-from verdict import Scored, named_thresholds, require
+from verdict import Scored, named_thresholds, require, roi_remarks
 
 STATE_FILE, RESULT_FILE = "state.pt", "result.json"
 STEPS_BETWEEN_LOOKS = 50  # at the loss, for which the host waits on CUDA
@@ -47,8 +48,9 @@ class State:
 
     def __init__(self, args, model, optimizer, scheduler, data: AnomalyClass):
         self.epoch, self.rows = 1, []
-        images, processes = fingerprint(data.train), util.world_size()
-        self._fixed = {"settings": vars(args), "training_images": images, "processes": processes}
+        tested = [path for image in data.test for path in (image.path, image.mask) if path and path.is_file()]
+        images = {"training_images": fingerprint(data.train), "test_images": fingerprint(tested)}
+        self._fixed = {"settings": vars(args), **images, "processes": util.world_size()}
         self._parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
 
     def add_rows(self, scorers: Sequence[Scorer], loss: float, clock: Clock) -> None:
@@ -67,16 +69,16 @@ class State:
         """Take what `content` gave; None: nothing.
 
         Raises:
-            InputError: it does not fit the flags, or the training images are not the same.
+            InputError: it does not fit the flags, or the images are not the same.
         """
         if stored is None:
             return
         remedies = {
-            "training_images": "give the data the run was started with by --datapath",
+            **dict.fromkeys(("training_images", "test_images"), "give the data the run was started with"),
             "processes": f"start {stored['processes']} processes",
         }
         for key, remedy in remedies.items():
-            if stored[key] != self._fixed[key]:
+            if stored.get(key, self._fixed[key]) != self._fixed[key]:  # old runs know nothing of test images
                 name = key.replace("_", " ")
                 raise InputError(f"--resume: the {name} are not those of the run; {remedy}")
         names = ("epoch", "loss", "score", *asdict(Metrics()), "seconds")  # rows of old runs lack some
@@ -290,7 +292,7 @@ def what_to_show(
     """
     scorer, scored = evaluated[-1]
     if len(test_set.images):
-        return test_set, scored, scorer, "test images"
+        return test_set, scored, scorer, TEST_IMAGES
     if held_out:
         images, shown, scored = held_out, "held-out images", scorer.score_all(held_out, "figures")
     else:
@@ -432,7 +434,8 @@ def remarks(
 ) -> list[str]:
     """What a user should know before it starts; `asked` are the flags, `args` has auto settled."""
     about = f"class {data.name}:"
-    lines = [f"{about} {warning}" for warning in data.warnings] + util.without_cuda(device, args.gpu)
+    odd = [*data.warnings, *roi_remarks(args.roi, data.train)]
+    lines = [f"{about} {line}" for line in odd] + util.without_cuda(device, args.gpu)
     if not data.test:
         lines.append(f"{about} no test images: no metrics can be had, thresholds come from good images alone")
     elif not any(not image.defective for image in data.test):

@@ -51,6 +51,7 @@ from verdict import Calibration, Inspector, Scored, distribution, is_rate, named
 FORMAT, VERSION = "PyramidFlow checkpoint", 3
 LARGEST = 2**14  # of any number in a configuration: a damaged file must not make a huge model
 LAST_FILE = "last.pt"  # of a run, the scorer of its last epoch
+NO_MODEL = (".json", ".csv", ".txt", ".html", ".png", ".jpg")
 SCORES = ("paper", "bank")
 IMAGE_SCORES = ("max", "top", "detail")
 USUAL_IMAGE_SCORE = {"paper": "max", "bank": "detail"}
@@ -693,7 +694,7 @@ class TestSet:
     ) -> TestSet:  # fmt: skip
         paths = [image.path for image in data.test]
         images = Images(paths, config.image_size, cache, device, num_workers, "test images")
-        masks = load_masks(data, num_workers, config.map_size)
+        masks = load_masks(data, num_workers, config.map_size, roi)
         return cls(data, images, GroundTruth.from_masks(data.defective, masks, device, roi))
 
 
@@ -713,6 +714,8 @@ def find_checkpoint(path: Path | str) -> Path:
         found = list(path.glob(LAST_FILE)) or list(path.glob(f"*/{LAST_FILE}"))
     elif not path.exists() and glob.has_magic(str(path)):
         found = list(map(Path, glob.glob(f"{path}/{LAST_FILE}")))
+    elif path.is_file() and path.suffix.lower() in NO_MODEL:
+        raise InputError(f"{path} is no model; choose a run's folder, or the {LAST_FILE} in it")
     else:
         return path
     if not found:

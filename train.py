@@ -394,7 +394,11 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     first = parser.parse_args(argv)
     config = first.config if first.resume is None else None  # else refused by `resumed_arguments`
     words = [*(config_arguments(parser, Path(config)) if config else ()), *argv]
-    args = parser.parse_args(words)
+    args, given = parser.parse_args(words), given_flags(argv)
+    if "datapath" in given and "good" in given:
+        parser.error("--good and --datapath both say where the images are; give one of them")
+    if "datapath" in given:  # it wins over --good in --config
+        vars(args).update({name: None for name in ("good", "bad", "masks") if name not in given})
     if (folder := folder_of_good(args)) and "cls" not in given_flags(words):
         name = folder.resolve().name
         args.cls = ["images" if name in ("", "all") else name]

@@ -19,13 +19,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset import alpha_varies, open_image, read_image
+from dataset import alpha_varies, image_shape, open_image, read_image
 from metrics import sorted_scores
-from util import InputError, fraction
+from util import InputError, fraction, size_text
 
 PIXEL_QUANTILE, FALSE_ALARM, LOWEST_RATE = 0.999, 0.05, 1e-4
 IMAGE_QUANTILE = None  # of good images: the rest is the false-alarm rate that was chosen in training
 INTERVAL = (0.025, 0.975)
+PROPORTION_MARGIN = 0.02  # by which the sides of --roi and of an image may differ in their proportion
 RECALL_MARGIN = 0.01  # scores in another precision, or resized in an ONNX graph, differ by up to 0.7 %
 LOWEST, HIGHEST = (float(np.finfo(np.float32).tiny), 1e30)  # of thresholds, and of scores that mean something
 COLOR_QUANTILE = 0.999  # of good pixels; twice that score has the scale's highest color
@@ -459,6 +460,18 @@ def read_roi(roi: Picture) -> np.ndarray:
     if not brightness.any():
         raise InputError(f"{name} is all black; paint white what is to be inspected")
     return brightness > brightness.max() / 2
+
+
+def roi_remarks(roi: Path | str | None, images: Sequence[Path]) -> list[str]:
+    """A line if --roi has other proportions than the first image, or none."""
+    if roi is None or not images:
+        return []
+    unknown = (1, 1)
+    (height, width), (h, w) = (image_shape(Path(path), unknown) for path in (roi, images[0]))
+    if unknown == (h, w) or abs(height * w / (width * h) - 1) < PROPORTION_MARGIN:
+        return []
+    sizes = f"is {size_text((height, width))}, {images[0]} {size_text((h, w))}"
+    return [f"--roi {roi} {sizes}: it is stretched over the images; is it of another camera?"]
 
 
 def has_shape_in_alpha(picture: Picture) -> bool:

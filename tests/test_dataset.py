@@ -341,8 +341,17 @@ def test_a_class_that_is_not_there_lists_those_that_are(tmp_path):
     make_btad(tmp_path)
     with pytest.raises(InputError, match=r"no class '02' in .* \(layout btad\); classes there: 01, 03"):
         open_class(tmp_path, "02")
-    with pytest.raises(InputError, match=r"layout mvtec\); no class folders there"):
+    with pytest.raises(InputError, match=r"layout mvtec\); .*01 has no folder train/good"):
         open_class(tmp_path, "01", "mvtec")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"layout mvtec\); no class folders there"):
+        open_class(tmp_path / "empty", "01", "mvtec")
+
+
+def test_the_folder_of_a_class_is_told_from_that_of_the_data(tmp_path):
+    make_class(tmp_path)
+    with pytest.raises(InputError, match=rf"it is a class itself: give --datapath {tmp_path} --cls widget"):
+        open_class(tmp_path / "widget", "widget")
 
 
 # ------------------------------------------------------------------------------------- images

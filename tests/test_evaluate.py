@@ -4,9 +4,10 @@ import csv
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from conftest import make_class
+from conftest import make_class, save_image
 
 import evaluate
 import predict
@@ -30,6 +31,7 @@ def test_the_same_table_as_training(trained, tmp_path, run_main):
     result = json.loads((folder / "result.json").read_text())
     metrics = load_checkpoint(trained.checkpoint)["metrics"]
     assert [result[m] for m in KEYS] == [metrics[m] for m in KEYS]
+    assert result["settings"]["proLimit"] == 0.3
     assert (result["class"], result["score"], result["epoch"]) == ("widget", "paper", 2)
     log = (trained.run / "log.txt").read_text()
     (row,) = [line for line in log.splitlines() if "2 (last)" in line]
@@ -38,6 +40,24 @@ def test_the_same_table_as_training(trained, tmp_path, run_main):
     assert {"metrics.csv", "log.txt", "pictures/histogram.png", "pictures/roc_pro.png"} <= names
     assert "pictures/hole/000_png.png" in names
     assert "scorer.pt" not in names
+
+
+def test_what_is_odd_about_the_data_is_said(trained, tmp_path, run_main):
+    data = shutil.copytree(trained.data, tmp_path / "data")
+    image = data / "widget" / "test" / "good" / "000.png"
+    shutil.copy(data / "widget" / "train" / "good" / "000.png", image)
+    roi = np.zeros((32, 32), np.uint8)
+    roi[:12] = 255  # the second and third defect lie below
+    save_image(tmp_path / "roi.png", roi)
+    changed = [data if x == trained.data else x for x in flags(trained, tmp_path, "--roi", tmp_path / "roi.png")]
+    code, out, err = run_main(evaluate.main, changed)
+    assert code == 0, err
+    assert (
+        "2 images are the same in training and test" in out or "1 images are the same in training and test" in out
+    )
+    assert "1 defective images have no defect inside of --roi and stay defective" in out
+    (log,) = (tmp_path / "out").glob("*/log.txt")
+    assert "the same in training and test" in log.read_text()
 
 
 def test_another_score_without_training(trained, tmp_path, run_main):

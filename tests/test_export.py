@@ -305,6 +305,7 @@ def test_the_sample_in_docs_needs_nothing_of_this_program(exported, of_any_size,
     Image.fromarray(image).save(tmp_path / "image.png")
     command = [sys.executable, "-I", "onnx_sample.py", "a.onnx", "image.png"]
     for thresholds, word in (([], None), (["0", "0"], "defective"), (["99", "99"], "good")):
+        (tmp_path / "image_mask.png").unlink(missing_ok=True)
         result = subprocess.run([*command, *thresholds], cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         score = float(result.stdout.split("score ")[1].split(",")[0])
@@ -313,17 +314,29 @@ def test_the_sample_in_docs_needs_nothing_of_this_program(exported, of_any_size,
     mask = np.asarray(Image.open(tmp_path / "image_mask.png"))
     assert mask.shape == (50, 70)
     assert not mask.any()
+    wrong = {
+        "exists": ["a.onnx", "image.png"],
+        "Inspect an image": ["a.onnx"],
+        "no.onnx": ["no.onnx", "image.png"],
+    }
+    for words, arguments in wrong.items():
+        result = subprocess.run([*command[:3], *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 1
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr
 
 
-def test_the_sample_in_docs_reads_16_bits_as_this_program_does(exported, onnx_file, tmp_path):
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_the_sample_in_docs_reads_more_than_8_bits_as_this_program_does(exported, onnx_file, tmp_path, suffix):
+    """16 bits, and floating-point numbers."""
     shutil.copy(Path(export.__file__).parent / "docs" / "onnx_sample.py", tmp_path)
-    gray = np.random.default_rng(0).integers(0, 2**16, (50, 70), dtype=np.uint16)
-    Image.fromarray(gray).save(tmp_path / "image.png")
-    command = [sys.executable, "-I", "onnx_sample.py", "a.onnx", "image.png"]
+    gray, name = np.random.default_rng(0).integers(0, 2**16, (50, 70), dtype=np.uint16), f"image.{suffix}"
+    Image.fromarray(gray if suffix == "png" else gray.astype(np.float32) / 65535).save(tmp_path / name)
+    command = [sys.executable, "-I", "onnx_sample.py", "a.onnx", name]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     score = float(result.stdout.split("score ")[1].split(",")[0])
-    assert score == pytest.approx(exported[0].inspect(tmp_path / "image.png").score, rel=1e-3)
+    assert score == pytest.approx(exported[0].inspect(tmp_path / name).score, rel=1e-3)
 
 
 # ----------------------------------------------------------------------------- files to refuse

@@ -47,7 +47,7 @@ class ScorerStub:
     """Its template is a normalized black image, and it remembers what it was asked for."""
 
     def __init__(self, calibration=None, has_template=True):
-        self.calibration, self.has_template, self.asked = calibration, has_template, []
+        self.calibration, self.has_template, self.asked, self.roi = calibration, has_template, [], None
 
     def image_template(self, image):
         self.asked.append(image)
@@ -179,8 +179,10 @@ def test_metrics_over_epochs_leave_out_what_is_undefined(tmp_path, monkeypatch):
     )
     figures.save_curves(tmp_path / "curves.png", rows, pro_limit=0.05)
     assert labels == ["pixel AUROC", "image AUROC", "PRO", "PRO@0.05", "image AP"]
+    monkeypatch.setattr(figures, "_save", lambda figure, path: labels.append(len(figure.axes)))
     undefined = [{"epoch": 1, "loss": 1.0, **dict.fromkeys(METRICS)}]
     figures.save_curves(tmp_path / "curves.png", undefined)
+    assert labels[-1] == 1  # the loss alone
 
 
 def test_a_stack_holds_its_pictures_one_below_the_other(tmp_path):

@@ -54,6 +54,16 @@ def test_the_new_scorer_is_that_of_the_new_images(trained, tmp_path, other, run_
     assert f"python predict.py {out} IMAGES --out predictions" in text
 
 
+def test_what_is_odd_about_the_images_is_said(trained, tmp_path, other, run_main):
+    first = list_images(other)[0]
+    (other / "copy.png").write_bytes(first.read_bytes())
+    (other / "camera2").mkdir()
+    code, text, err = run(run_main, trained, other, tmp_path / "new.pt")
+    assert code == 0, err
+    assert "1 images are the same once more" in text
+    assert "files and folders are skipped" in text
+
+
 def test_new_light_is_no_defect_any_more(trained, tmp_path, other, run_main):
     code, _, err = run(run_main, trained, other, tmp_path / "new.pt")
     assert code == 0, err

@@ -105,6 +105,9 @@ def test_the_report_of_good_images_alone_shows_each_with_its_own_score(tmp_path,
         expected = Scorer(model, tuple(others)).score_latents(latents[i]).scores.item()
         assert shown[path.name] == pytest.approx(expected, rel=1e-3)
     assert "training images, each left out of the template, score paper" in html
+    assert not data_of(run / "report.html")["labeled"]
+    for absent in ("n/a", "false alarms", "mvtec_anomaly_detection"):
+        assert absent not in html[: html.index("<script")]
     assert "test images" not in html[: html.index("<style")]
 
 
@@ -214,6 +217,7 @@ def test_masks_are_paired_by_name(tmp_path):
         (["--good", "good", "--bad", "bad", "--masks", "nowhere"], "--masks nowhere is not a folder"),
         (["--good", "good", "--bad", "bad", "--masks", "masks"], "000.png has no mask masks/000_mask.png"),
         (["--bad", "bad"], "--bad needs the folder of the good images"),
+        (["--good", "good", "--datapath", "data"], "give one of them"),
         (["--good", "good", "--cls", "a", "b"], "good images of one class"),
         (["--good", "good", "--cls", "all"], "good images of one class"),
         (["--good", "good", "--holdout", 0.95], "not a number from 0 to 0.9"),
@@ -262,7 +266,7 @@ def test_a_kind_whose_files_are_all_skipped_is_said(tmp_path):
     for name in ("crack/a.gif", "deep/inside/a.png"):
         save_image(folder / name, np.zeros((8, 8), np.uint8))
     (line,) = open_class(tmp_path, "widget").warnings
-    assert "2 of 14 files are skipped" in line
+    assert "2 of 14 files and folders are skipped" in line
     assert f"the first is {folder / 'crack' / 'a.gif'}" in line
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -97,6 +98,31 @@ def test_unreadable_files_are_listed_and_the_others_done(trained, tmp_path, run_
     assert "2 cannot be read" in out
     assert [line.split("(")[0].split("/")[-1] for line in err.splitlines()] == ["b.png ", "c.jpg "]
     assert [row["path"].split("/")[-1] for row in table(tmp_path)] == ["a.png", "d.png"]
+    save_image(folder / "b.png", noise)  # is repaired: one is tried again, the other in vain
+    code, out, err = run(run_main, trained, tmp_path, "--batchSize", 1, "--resume", images=[folder])
+    assert (code, err.count("\n")) == (1, 1)
+    assert "3 images" in out
+    assert [row["path"].split("/")[-1] for row in table(tmp_path)] == ["a.png", "b.png", "d.png"]
+    save_image(folder / "c.jpg", noise)
+    for told in ("4 images", "is finished: 4 images"):
+        code, out, err = run(run_main, trained, tmp_path, "--batchSize", 1, "--resume", images=[folder])
+        assert code == 0, err
+        assert told in out
+    assert len(table(tmp_path)) == 4
+
+
+def test_if_no_image_can_be_read_nothing_is_shown(trained, tmp_path, run_main):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.png").write_text("no image")
+    code, out, err = run(run_main, trained, tmp_path, images=[folder])
+    assert (code, err.count("\n")) == (1, 1)
+    assert "of 1 image none can be read" in out
+    assert not (tmp_path / "out" / "report.html").exists()
+    save_image(folder / "a.png", np.zeros((32, 32, 3), np.uint8))
+    code, out, err = run(run_main, trained, tmp_path, "--resume", images=[folder])
+    assert code == 0, err
+    assert len(table(tmp_path)) == 1
 
 
 def test_images_of_the_same_name_do_not_overwrite_each_other(trained, tmp_path, run_main):
@@ -429,6 +455,7 @@ def test_own_results_and_linked_folders_are_not_scored(trained, tmp_path, run_ma
     save_image(folder / "part" / "a.png", np.zeros((32, 32, 3), np.uint8))
     (folder / "another").symlink_to(folder / "part", target_is_directory=True)
     (folder / "part" / "loop").symlink_to(folder, target_is_directory=True)
+    shutil.copytree(trained.run, folder / "run")
     for out in (folder / "predictions", tmp_path / "out"):
         flags = ["--out", out, "--gpu", "cpu"]
         code, text, err = run_main(predict.main, [trained.checkpoint, folder, *flags])
@@ -438,7 +465,7 @@ def test_own_results_and_linked_folders_are_not_scored(trained, tmp_path, run_ma
         predict.main, [trained.checkpoint, tmp_path / "out", "--out", tmp_path / "b", "--gpu", "cpu"]
     )
     assert (code, err.count("\n")) == (2, 1)
-    assert "holds results of predict.py; choose a folder of images" in err
+    assert "holds results of this program; choose a folder of images" in err
 
 
 def test_names_that_differ_in_case_only_do_not_meet():

@@ -7,12 +7,13 @@ import os
 import re
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SIZE
+from conftest import SIZE, save_image
 from test_figures import ScorerStub, make_test_set
 
 import evaluate
@@ -138,6 +139,32 @@ def test_labels_of_one_kind_or_no_masks_leave_out_what_is_undefined(tmp_path, mo
         assert len(data_of(tmp_path / "report.html")["tiles"]) == 2
 
 
+def test_an_evaluation_shows_images_as_they_are_and_nothing_outside_of_the_region(tmp_path, monkeypatch):
+    """In the proportions of their files, not in those of the network's input."""
+    test_set, scored = make_test_set(["good", "hole"])
+    for image in test_set.data.test:
+        save_image(tmp_path / image.path.name, np.zeros((100, 300, 3), np.uint8))
+    test_set.data.test = [replace(x, path=tmp_path / x.path.name) for x in test_set.data.test]
+    scorer = ScorerStub(distribution(scored))
+    scorer.image_template = lambda *_: None
+    scorer.metrics, scorer.settings, scorer.device = {}, {}, torch.device("cpu")
+    scorer.options, scorer.roi = ScoreOptions(), torch.zeros_like(scored.maps[0], dtype=torch.bool)
+    scorer.roi[10:12] = True
+    seen = []
+    monkeypatch.setattr(
+        report.Report,
+        "add",
+        lambda self, path, kind, defective, score, image, anomaly, masks: seen.append((image, anomaly)),
+    )
+    rows = [{"epoch": None, "score": "paper", **dict.fromkeys(METRICS)}]
+    report.save_evaluation(tmp_path, test_set, scored, scorer, rows, {})
+    assert len(seen) == 2
+    for (image, anomaly), whole in zip(seen, scored.maps, strict=True):
+        assert image.shape == (53, 160, 3)
+        assert np.array_equal(anomaly[10:12], whole[10:12])
+        assert (np.delete(anomaly, [10, 11], axis=0) == float(whole.min())).all()
+
+
 def test_equal_scores_and_a_report_without_images_can_be_drawn(tmp_path):
     make_report(["a", "b"], [0.0, 0.0]).save(tmp_path / "report.html", {})
     data = data_of(tmp_path / "report.html")
@@ -170,7 +197,7 @@ def test_images_can_be_added_from_several_threads(tmp_path):
     page = report.start_predictions(ScorerWithName(), Thresholds(0.5, 0.5), (0.0, 1.0))
     image, anomaly = np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.float32)
     threads = [
-        threading.Thread(target=page.add_prediction, args=(Path(f"{i}"), image, anomaly, i / 9, 0.5))
+        threading.Thread(target=page.add_prediction, args=(Path(f"{i}"), image, anomaly, i / 9, anomaly > 0.5))
         for i in range(9)
     ]
     for thread in threads:

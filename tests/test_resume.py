@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,6 +255,17 @@ def test_other_images_of_the_same_names_are_refused(stopped, tmp_path, run_main)
     path.write_bytes(path.read_bytes() + b"x")
     code, _, err = run_main(train.main, ["--resume", stopped, "--datapath", tmp_path / "other"])
     assert (code, "training images are not those of the run" in err) == (2, True)
+
+
+def test_the_test_images_have_to_be_the_same(trained, tmp_path, run_main):
+    """Or the rows of metrics.csv would be of two data sets."""
+    run = shutil.copytree(trained.run, tmp_path / "run")
+    data = shutil.copytree(trained.data, tmp_path / "moved")
+    flags = ["--resume", run, "--epochs", 3, "--datapath", data, "--gpu", "cpu"]
+    (data / "widget" / "test" / "good" / "000.png").unlink()
+    code, _, err = run_main(train.main, flags)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "test images are not those of the run" in err
 
 
 def test_what_cannot_be_resumed_is_said(uninterrupted, tmp_path, run_main):

@@ -25,6 +25,7 @@ from verdict import (
     find_defects,
     read_roi,
     resize_roi,
+    roi_remarks,
 )
 
 CONFIG = PyramidFlowConfig(
@@ -427,6 +428,17 @@ def test_a_threshold_that_cannot_be_had(choice, message):
 
 
 # ---------------------------------------------------------------------------------- inspecting
+
+
+def test_a_region_of_other_proportions_is_said_to_be_stretched(tmp_path):
+    for name, shape in (("roi", (50, 100)), ("half", (100, 201)), ("square", (64, 64))):
+        save_image(tmp_path / f"{name}.png", np.full(shape, 255, np.uint8))
+    roi, half, square = (tmp_path / f"{name}.png" for name in ("roi", "half", "square"))
+    (line,) = roi_remarks(roi, [square])
+    assert "is 50x100" in line
+    assert "64x64: it is stretched" in line
+    for given, images in ((roi, [half]), (None, [square]), (roi, []), (roi, [tmp_path / "missing.png"])):
+        assert roi_remarks(given, images) == []
 
 
 @pytest.mark.parametrize("as_file", [True, False])
