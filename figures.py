@@ -223,7 +223,7 @@ def save_curves(path: Path, rows: list[dict], pro_limit: float = PRO_LIMIT) -> N
     epochs, labels = [row["epoch"] for row in rows], metric_labels(pro_limit)
     defined = {key: values for key in TABLE_METRICS if None not in (values := [row[key] for row in rows])}
     count = 2 if defined else 1
-    figure = Figure(figsize=(6.5 * count, 3.8), layout="constrained")
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
     left, *right = all_axes = figure.subplots(1, count, squeeze=False)[0]
     left.plot(epochs, [row["loss"] for row in rows], marker="o")
     left.set(title="training loss", xlabel="epoch")
@@ -234,7 +234,7 @@ def save_curves(path: Path, rows: list[dict], pro_limit: float = PRO_LIMIT) -> N
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in all_axes:
         axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     _save(figure, path)
 
 
