@@ -78,6 +78,7 @@ NUM_PROBES = 4  # images that a pipeline from a file is tried on before the trai
 
 FLOAT_MARGIN = 0.1  # by which resampled floating-point images leave 0 to 1
 NEARLY_BLACK, NUM_LOOKS = 24, 4  # of 255, in all of these many training images
+NUM_GLANCES, MOST_MIXED = 32, 1.2  # images whose size is looked at; how much wider than others they may be
 CHUNK = 2**16  # bytes that tell files of one size apart
 
 
@@ -263,7 +264,7 @@ def is_flat(datapath: Path, dataset: str = "auto") -> bool:
 
 def oddities(data: AnomalyClass, folders: Iterable[Path] = ()) -> list[str]:
     """Lines about images that are copies or nearly black, and about what is no image in the folders."""
-    return [*skipped_files(folders), *copies(data), *nearly_black(data.train)]
+    return [*skipped_files(folders), *copies(data), *nearly_black(data.train), *mixed_proportions(data.train)]
 
 
 def skipped_files(folders: Iterable[Path]) -> list[str]:
@@ -336,6 +337,22 @@ def nearly_black(paths: Sequence[Path]) -> list[str]:
     return [
         f"{looks[0]} and others are nearly black, their highest value is {highest} of 255; white is 65535 in "
         "16-bit files and 1 in floating-point ones: scale images of 10 or 12 bits up"
+    ]
+
+
+def mixed_proportions(paths: Sequence[Path]) -> list[str]:
+    """A line if some images, looked at in place of all, are much wider than others, or no line."""
+    looks = dict.fromkeys(paths[i * len(paths) // NUM_GLANCES] for i in range(NUM_GLANCES) if paths)
+    shapes = {path: shape for path in looks if (shape := image_shape(path, (0, 0))) != (0, 0)}
+    by_width = sorted(shapes, key=lambda path: shapes[path][1] / shapes[path][0])
+    if not by_width:
+        return []
+    (h, w), (height, width) = (shapes[path] for path in (by_width[0], by_width[-1]))
+    if width * h <= MOST_MIXED * w * height:
+        return []
+    return [
+        f"{by_width[0]} is {size_text((h, w))} and {by_width[-1]} {size_text((height, width))}: all images are "
+        "stretched to one size; turn or cut them alike"
     ]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import report
-from dataset import CACHES, DATASETS, AnomalyClass, Images, hold_out, open_class
+from dataset import CACHES, DATASETS, AnomalyClass, Images, hold_out, open_class, open_folders
 from fit import (
     UNCHANGED,
     add_checkpoint,
@@ -53,11 +53,9 @@ def main() -> None:
     check_writable(args.out, "--out")
     args.checkpoint = find_checkpoint(args.checkpoint)
     stored = Scorer.load(args.checkpoint, device, args.precision)
-    name = choose_class(args, stored)
     anew = any((args.score, args.imageScore, args.mapSize, args.roi))
-    args.datapath = args.datapath or Path(str(stored.settings.get("datapath", "../mvtec_anomaly_detection")))
-    data = open_class(args.datapath, name, args.dataset, need_train=anew)
-    data = hold_out(data, stored.settings.get("holdout", 0), stored.settings.get("seed", 0))
+    data = find_data(args, stored, need_train=anew)
+    name = data.name
     with finite_scores(args.checkpoint):
         scorers = refitted(stored, data, args, device) if anew else [stored]
         last = scorers[-1]
@@ -108,6 +106,19 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     check_score_flags(args)
     return args
+
+
+def find_data(args: argparse.Namespace, stored: Scorer, need_train: bool) -> AnomalyClass:
+    """The class that the flags name, else the one of the training, with the same good images held out."""
+    settings = stored.settings
+    if settings.get("bad") is not None and args.datapath is None and args.cls is None:
+        folders = (settings.get(flag) for flag in ("good", "bad", "masks"))
+        data = open_folders(stored.class_name, *(None if path is None else Path(str(path)) for path in folders))
+    else:
+        name = choose_class(args, stored)
+        args.datapath = args.datapath or Path(str(settings.get("datapath", "../mvtec_anomaly_detection")))
+        data = open_class(args.datapath, name, args.dataset, need_train)
+    return hold_out(data, settings.get("holdout", 0), settings.get("seed", 0))
 
 
 def choose_class(args: argparse.Namespace, stored: Scorer) -> str:

@@ -8,8 +8,8 @@
 
 Written to --out, a new folder: overlays/*.png; masks/*.png; maps/*.tiff, float32 at the image's own size, as
 MVTec's evaluator reads them; predict.json, what was asked for; and when all is done scores.csv, a row for each
-image, defects.csv, a row for each region of a mask, its box without x1 and y1 themselves, and report.html, which
-shows the images sorted by score, with a threshold to move.
+image with the name of its files there, defects.csv, a row for each region of a mask, its box without x1 and y1
+themselves, and report.html, which shows the images sorted by score, with a threshold to move.
 Images may have any size and mode; those that cannot be read are listed at the end, and the exit code is 1.
 """
 
@@ -67,7 +67,7 @@ from verdict import (
 )
 
 SCORE_COLUMNS = (
-    "path", "score", "decision", "threshold", "pixel_threshold", "margin", "peak_x", "peak_y", "map",
+    "path", "score", "decision", "threshold", "pixel_threshold", "margin", "peak_x", "peak_y", "map", "name",
 )  # fmt: skip
 DEFECT_COLUMNS = ("image", "number", "x0", "y0", "x1", "y1", "area", "peak_score", "mean_score")
 KINDS = {"overlays": ".png", "masks": ".png", "maps": ".tiff"}
@@ -542,6 +542,7 @@ class Writer:
             str(image.item.path), f"{verdict.score:.6g}", "defective" if verdict.defective else "good",
             f"{thresholds.image:.6g}", f"{thresholds.pixel:.6g}", f"{margin:.6g}", *verdict.peak,
             _place("maps", image.item.name).as_posix() if "maps" in self._write else "",
+            image.item.name.as_posix(),
         )  # fmt: skip
         return dict(zip(SCORE_COLUMNS, values, strict=True))
 

@@ -348,6 +348,18 @@ def test_a_class_that_is_not_there_lists_those_that_are(tmp_path):
         open_class(tmp_path / "empty", "01", "mvtec")
 
 
+def test_portraits_among_landscapes_are_a_warning(tmp_path):
+    widget = make_class(tmp_path)
+    assert open_class(tmp_path, "widget").warnings == []
+    for name, shape in (("w", (40, 45)), ("x", (32, 35))):
+        save_image(widget / "train" / "good" / f"{name}.png", np.full((*shape, 3), 90, np.uint8))
+    assert open_class(tmp_path, "widget").warnings == []
+    save_image(widget / "train" / "good" / "y.png", np.full((40, 30, 3), 90, np.uint8))
+    (warning,) = open_class(tmp_path, "widget").warnings
+    assert "y.png is 40x30" in warning
+    assert "w.png 40x45: all images are stretched" in warning
+
+
 def test_the_folder_of_a_class_is_told_from_that_of_the_data(tmp_path):
     make_class(tmp_path)
     with pytest.raises(InputError, match=rf"it is a class itself: give --datapath {tmp_path} --cls widget"):

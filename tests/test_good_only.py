@@ -191,6 +191,12 @@ def test_bad_images_and_masks_in_folders_of_their_own(tmp_path, run_main):
     assert result["thresholds"].keys() == {"quantile", "none", "f1", "recall"}
     assert {p.name for p in (run / "pictures").iterdir()} >= {"good", "bad"}
     assert load_checkpoint(run / "last.pt")["thresholds"] == result["thresholds"]
+    arguments = [run / "last.pt", "--out", tmp_path / "e", "--gpu", "cpu", "--score", "paper"]
+    code, _, err = run_main(evaluate.main, arguments)
+    assert code == 0, err
+    (again,) = (tmp_path / "e").glob("knob-*/result.json")
+    for name in ("pixel_auroc", "image_auroc"):
+        assert json.loads(again.read_text())[name] == pytest.approx(result["last"][name], abs=1e-3)
 
 
 def test_masks_are_paired_by_name(tmp_path):

@@ -43,7 +43,7 @@ def test_scores_maps_masks_and_pictures(trained, tmp_path, run_main):
     test_set = scorer.TestSet.load(open_class(trained.data, "widget"), loaded.config, "ram", 1, device)
     maps = loaded.score_all(test_set.images).maps.numpy()
     rows = table(tmp_path)
-    columns = "path,score,decision,threshold,pixel_threshold,margin,peak_x,peak_y,map"
+    columns = "path,score,decision,threshold,pixel_threshold,margin,peak_x,peak_y,map,name"
     assert ",".join(rows[0]) == columns
     for row, image, anomaly in zip(rows, test_set.data.test, maps, strict=True):
         assert row["path"] == str(image.path)
@@ -53,7 +53,7 @@ def test_scores_maps_masks_and_pictures(trained, tmp_path, run_main):
         assert float(row["margin"]) == pytest.approx(difference, abs=1e-5)
         assert float(row["pixel_threshold"]) == pytest.approx(loaded.metrics["pixel_threshold"], rel=1e-5)
         name = f"{image.kind}/{image.path.stem}"
-        assert row["map"] == f"maps/{name}.tiff"
+        assert (row["map"], row["name"]) == (f"maps/{name}.tiff", str(name))
         raw = np.asarray(Image.open(tmp_path / "out" / row["map"]))
         assert raw.dtype == np.float32
         expected = Image.fromarray(anomaly).resize((32, 32), Image.Resampling.BILINEAR)
