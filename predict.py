@@ -443,7 +443,7 @@ def predict(
                 f"stopped, {len(results.done)} of {count_images(len(items))} are done; to continue: python "
                 f"{shlex.join(sys.argv)}{flag}"
             ) from None
-    if not results.done:
+    if unreadable and not results.done:
         print(f"no image written to {args.out}; of {count_images(len(items))} none can be read:")
         return unreadable
     rate = (len(left) - len(unreadable)) / (time.perf_counter() - start)

@@ -607,6 +607,9 @@ def test_shards_are_parts_of_the_whole(trained, tmp_path, run_main):
     assert len(rows) == 6
     assert sorted(map(str, rows)) == sorted(map(str, table(tmp_path)))
     assert len({row["map"] for row in rows}) == 6
+    code, out, err = run(run_main, trained, tmp_path / "4", "--shard", "7/7", "--out", tmp_path / "none")
+    assert code == 0, err
+    assert out.startswith("no images, 0 defective")  # a share of nothing is done, too
 
 
 # ------------------------------------------------------------------------------ what goes wrong
