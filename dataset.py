@@ -600,8 +600,8 @@ def _read_binary(path: Path, image: TestImage) -> np.ndarray:
 
 
 def alpha_varies(image: Image.Image) -> bool:
-    """Whether there is an alpha channel, and it is not of one value."""
-    return "A" in image.getbands() and bool(np.ptp(np.asarray(image.getchannel("A"))))
+    """Whether some pixels are more transparent than others."""
+    return image.has_transparency_data and bool(np.ptp(np.asarray(image.convert("RGBA").getchannel("A"))))
 
 
 def _full_scale(array: np.ndarray) -> int:

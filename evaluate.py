@@ -112,8 +112,12 @@ def find_data(args: argparse.Namespace, stored: Scorer, need_train: bool) -> Ano
     """The class that the flags name, else the one of the training, with the same good images held out."""
     settings = stored.settings
     if settings.get("bad") is not None and args.datapath is None and args.cls is None:
-        folders = (settings.get(flag) for flag in ("good", "bad", "masks"))
-        data = open_folders(stored.class_name, *(None if path is None else Path(str(path)) for path in folders))
+        given = settings.get("good") or settings.get("datapath"), settings["bad"], settings.get("masks")
+        try:
+            data = open_folders(stored.class_name, *(None if path is None else Path(str(path)) for path in given))
+        except InputError as error:
+            where = f"the folders {args.checkpoint} was trained on cannot be used ({str(error).split(';')[0]})"
+            raise InputError(f"{where}; give other data by --datapath and --cls") from None
     else:
         name = choose_class(args, stored)
         args.datapath = args.datapath or Path(str(settings.get("datapath", "../mvtec_anomaly_detection")))

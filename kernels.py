@@ -361,7 +361,7 @@ def plain_channel_mean(x: Tensor) -> Tensor:
 
 
 def template_distances(z: Tensor, templates: Tensor) -> Tensor:
-    """Mean over channels of |z_b - t_k|, in one pass over the bank: (B,C,H,W), (K,C,H,W) -> (B,K,H,W).
+    """Mean over channels of |z_b - t_k|, on the CPU in one pass over the bank: (B,C,H,W), (K,C,H,W) -> (B,K,H,W).
 
     Args:
         templates: laid out by `bank_layout`, or they are copied into that layout.

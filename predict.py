@@ -10,7 +10,8 @@ Written to --out, a new folder: overlays/*.png; masks/*.png; maps/*.tiff, float3
 MVTec's evaluator reads them; predict.json, what was asked for; and when all is done scores.csv, a row for each
 image with the name of its files there, defects.csv, a row for each region of a mask, its box without x1 and y1
 themselves, and report.html, which shows the images sorted by score, with a threshold to move.
-Images may have any size and mode; those that cannot be read are listed at the end, and the exit code is 1.
+Images may have any size and mode; those that cannot be read are listed at the end, and the exit code is 1: once
+they are repaired, --resume adds them.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def parse_arguments() -> argparse.Namespace:
         help="a .pt file of train.py or fit.py, a run's folder, or an .onnx file of export.py")
     add("images", type=Path, nargs="*", help="images, and folders that are searched for them")
     add("--out", type=Path, default=Path("predictions"), help="new folder")
-    add("--resume", action="store_true", help="continue the same command's --out where it was stopped")
+    add("--resume", action="store_true",
+        help="continue the same command's --out where it was stopped, and try again what could not be read")
     add("--write", type=kinds, default=tuple(KINDS), metavar="KINDS",
         help=f"some of {','.join(KINDS)}, with commas, or none")
     add_threshold_flags(parser)
@@ -259,7 +261,9 @@ def _folders_below(root: Path) -> Iterator[Path]:
 
 def _holds_results(folder: Path) -> bool:
     """Whether a prediction, a run or an evaluation wrote it, whose pictures are not to be scored."""
-    return any((folder / name).is_file() for name in (MARKER, report.FILE))
+    files = [folder / name for name in (MARKER, report.FILE, "metrics.csv")]
+    marked, *others = (path.is_file() for path in files)
+    return marked or all(others)
 
 
 def _cannot_read(error: OSError) -> None:
@@ -447,7 +451,9 @@ def predict(
         print(f"no image written to {args.out}; of {count_images(len(items))} none can be read:")
         return unreadable
     rate = (len(left) - len(unreadable)) / (time.perf_counter() - start)
-    report.save_predictions(writer.report, args.out / report.FILE, scorer, vars(args))
+    page = args.out / report.FILE
+    if len(unreadable) < len(left) or not page.exists():  # else it would lose its pictures for nothing
+        report.save_predictions(writer.report, page, scorer, vars(args))
     defective, count = results.write(items, bool(unreadable)), count_images(len(items) - len(unreadable))
     line = f"{count}, {defective} defective, {rate:.1f} images/s, written to {args.out}"
     print(f"{line}; {len(unreadable)} cannot be read:" if unreadable else line)

@@ -63,9 +63,8 @@ def jpeg_uri(image: np.ndarray) -> str:
 
 def mask_uri(mask: np.ndarray, size: tuple[int, int]) -> str:
     """A bool mask (H,W) as a data URI of two colors; size is (width, height)."""
-    picture, buffer = Image.fromarray(np.uint8(255) * mask), io.BytesIO()
-    small = picture.resize(size, Image.Resampling.BOX).point(lambda v: 255 * (v > 0))  # no region vanishes
-    small.convert("1").save(buffer, format="png", optimize=True)
+    small, buffer = Image.fromarray(mask.astype(np.float32)).resize(size, Image.Resampling.BOX), io.BytesIO()
+    Image.fromarray(np.asarray(small) > 0).save(buffer, format="png", optimize=True)
     return _uri("png", buffer.getvalue())
 
 
@@ -346,6 +345,10 @@ def save_predictions(page: Report, path: Path, scorer, settings: dict) -> None:
 def _sections(scorer, settings: dict) -> dict[str, dict]:
     """The command's settings, and those of the training if they are others."""
     training = getattr(scorer, "settings", {})
-    without = ("datapath",) if settings.get("good") else ()
-    shown = {"Settings": {flag: value for flag, value in settings.items() if flag not in without}}
-    return shown if training in ({}, settings) else {**shown, "Settings of the training": training}
+    sections = {"Settings": settings, "Settings of the training": {} if training == settings else training}
+    return {title: _read_ones(given) for title, given in sections.items() if given}
+
+
+def _read_ones(settings: dict) -> dict:
+    """Without the data set's folder, if the images come from --good."""
+    return {flag: value for flag, value in settings.items() if flag != "datapath" or not settings.get("good")}

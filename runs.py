@@ -48,7 +48,9 @@ class State:
 
     def __init__(self, args, model, optimizer, scheduler, data: AnomalyClass):
         self.epoch, self.rows = 1, []
-        tested = [path for image in data.test for path in (image.path, image.mask) if path and path.is_file()]
+        masks = [image.mask for image in data.test if image.mask]
+        masks = [path for mask in masks for path in (dataset.list_images(mask) if mask.is_dir() else [mask])]
+        tested = [*(image.path for image in data.test), *masks]
         images = {"training_images": fingerprint(data.train), "test_images": fingerprint(tested)}
         self._fixed = {"settings": vars(args), **images, "processes": util.world_size()}
         self._parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
@@ -74,7 +76,10 @@ class State:
         if stored is None:
             return
         remedies = {
-            **dict.fromkeys(("training_images", "test_images"), "give the data the run was started with"),
+            **dict.fromkeys(
+                ("training_images", "test_images"),
+                "give those it was started with by --datapath, or by --good, --bad and --masks",
+            ),
             "processes": f"start {stored['processes']} processes",
         }
         for key, remedy in remedies.items():

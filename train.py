@@ -397,9 +397,12 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     args, given = parser.parse_args(words), given_flags(argv)
     if "datapath" in given and "good" in given:
         parser.error("--good and --datapath both say where the images are; give one of them")
-    if "datapath" in given:  # it wins over --good in --config
+    named = "cls" in given_flags(words)
+    if "datapath" in given and args.good is not None:  # of --config, which named the class by it
         vars(args).update({name: None for name in ("good", "bad", "masks") if name not in given})
-    if (folder := folder_of_good(args)) and "cls" not in given_flags(words):
+        named = "cls" in given
+        args.cls = args.cls if named else parser.get_default("cls")
+    if (folder := folder_of_good(args)) and not named:
         name = folder.resolve().name
         args.cls = ["images" if name in ("", "all") else name]
     return args

@@ -37,6 +37,7 @@ NUM_WORKERS = min(os.cpu_count() or 1, 8)
 MOST_SHOWN = 500  # characters of what a file or the command line holds
 LOG_INTERVAL_S = 30.0  # between lines of a progress bar that is written to a file
 PATIENCE = timedelta(days=1)  # the other processes wait while one draws the figures
+NO_ENGINE = "unable to find an engine"  # cuDNN, where no workspace fits, and seldom else
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's mallopt
 
 
@@ -84,7 +85,8 @@ def run_script(main: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        _fail("error: out of memory; use smaller images or batches, or a smaller model", 2)
+        doubt = f" ({first_line(error)})" if NO_ENGINE in str(error) else ""
+        _fail(f"error: out of memory{doubt}; use smaller images or batches, or a smaller model", 2)
     except OSError as error:  # a full disk, a folder that went away
         _leave_stdout()
         _fail(f"error: {error}", 1)
@@ -105,7 +107,7 @@ def _leave_stdout() -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    texts = ("DefaultCPUAllocator", "CUDA error: out of memory", "STATUS_ALLOC_FAILED", "unable to find an engine")
+    texts = ("DefaultCPUAllocator", "CUDA error: out of memory", "STATUS_ALLOC_FAILED", NO_ENGINE)
     kinds = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, kinds) or any(text in str(error) for text in texts)
 

@@ -240,7 +240,7 @@ def add_threshold_flags(parser: argparse._ActionsContainer) -> None:
     add("--threshold", default="auto",
         help="quantile: of the scores of good images; none: above all of them; f1: where F1 is best on the test "
         "images; recall: where none of their defective images is missed; a number, or two, IMAGE,PIXEL; auto: "
-        "what an .onnx file was exported with, else quantile")
+        "what an .onnx file was exported with, else, or with one of the next two, quantile")
     add("--pixelQuantile", type=fraction, default=PIXEL_QUANTILE,
         help="share of good pixels that stay below --threshold quantile")
     add("--imageQuantile", type=fraction, default=IMAGE_QUANTILE,
@@ -468,17 +468,16 @@ def roi_remarks(roi: Path | str | None, images: Sequence[Path]) -> list[str]:
         return []
     unknown = (1, 1)
     (height, width), (h, w) = (image_shape(Path(path), unknown) for path in (roi, images[0]))
-    if unknown == (h, w) or abs(height * w / (width * h) - 1) < PROPORTION_MARGIN:
+    if unknown in ((h, w), (height, width)) or abs(height * w / (width * h) - 1) < PROPORTION_MARGIN:
         return []
     sizes = f"is {size_text((height, width))}, {images[0]} {size_text((h, w))}"
     return [f"--roi {roi} {sizes}: it is stretched over the images; is it of another camera?"]
 
 
 def has_shape_in_alpha(picture: Picture) -> bool:
-    """Whether the alpha channel of an array or of a file is not of one value."""
-    if isinstance(picture, np.ndarray):
-        return picture.ndim == 3 and picture.shape[2] == 4 and bool(np.ptp(picture[..., 3]))
-    return alpha_varies(open_image(Path(picture)))
+    """Whether some pixels of an array or of a file are more transparent than others."""
+    is_file = isinstance(picture, (str, Path))
+    return alpha_varies(open_image(Path(picture)) if is_file else Image.fromarray(np.asarray(picture)))
 
 
 def resize_roi(roi: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -26,7 +26,7 @@ FIG5_CONFIG = PyramidFlowConfig(encoder="none", num_level=8, num_channel=24, ima
 # Paper, Fig. 5: GB while training by number of half-stacks, with autoFlow and with autograd.
 PAPER_FIG5 = {2: (2.65, 2.63), 4: (2.69, 2.91), 8: (2.76, 3.51), 16: (2.90, 4.69), 32: (3.17, 7.03)}
 
-Memory = tuple[float, float]  # MiB: peak of living activations, growth of the process
+Memory = tuple[float, float | None]  # MiB: peak of living activations, growth of the process, on the CPU
 
 
 def main() -> None:
@@ -77,14 +77,15 @@ def measure(chain: str, stacks: int, device: torch.device) -> Memory:
     before = measuring.peak_resident()
     step()
     growth = measuring.peak_resident() - before - sum(p.grad.nbytes for p in model.flow.parameters())
-    return measuring.step_memory(step, model.flow, device) / MIB, growth / MIB
+    peak = measuring.step_memory(step, model.flow, device) / MIB
+    return peak, None if device.type == "cuda" else growth / MIB
 
 
 def memory_table(rows: dict[int, dict[str, Memory]]) -> str:
     """Markdown of the measurements, by number of stacks and chain."""
     cells = []
     for stacks, row in rows.items():
-        ours = [f"{activations:.0f} / {growth:.0f}" for activations, growth in row.values()]
+        ours = [" / ".join(f"{x:.0f}" for x in both if x is not None) for both in row.values()]
         cells.append([stacks, *ours, " / ".join(f"{x:.2f}" for x in PAPER_FIG5.get(2 * stacks, ()))])
     ratio = ""
     if {2, 16} <= rows.keys():
@@ -92,8 +93,8 @@ def memory_table(rows: dict[int, dict[str, Memory]]) -> str:
         ratio = f"\n\nSequentialNF, activations at 16 stacks / at 2 stacks: {deep / flat:.3f} (bar: 1.05)"
     return f"""\
 Training step of PyramidFlow with 8 levels, 24 channels, 256x256, batch 2, float32 (Fig. 5).
-MiB: peak of all living tensors without weights and weight gradients / growth of the process's memory on the
-host. Paper: GB of the whole process on its GPU, autoFlow / autograd.
+MiB: peak of all living tensors without weights and weight gradients / on the CPU growth of the process's memory.
+Paper: GB of the whole process on its GPU, autoFlow / autograd.
 
 {markdown_table(["stacks", *measuring.CHAINS, "paper"], cells)}{ratio}"""
 

@@ -222,6 +222,8 @@ def test_the_memory_table_states_the_ratio_and_the_papers_numbers(tmp_path):
     table = memory.memory_table(rows)
     assert "| 2 | 100 / 5 |" in table
     assert "| 3.17 / 7.03 |" in table
+    on_cuda = memory.memory_table({2: dict.fromkeys(CHAINS, (100.0, None))})
+    assert "| 2 | 100 | 100 |" in on_cuda
     assert "at 2 stacks: 1.040" in table
     memory.save_picture(tmp_path / "memory.png", rows)
     assert (tmp_path / "memory.png").stat().st_size > 1000

@@ -116,8 +116,14 @@ def test_metrics_and_thresholds_travel_along_and_nothing_traced_is_kept(tmp_path
     export_onnx(scorer, tmp_path / "a.onnx")
     assert scorer.score(torch.zeros(1, 32, 64, 3, dtype=torch.uint8)).maps.isfinite().all()
     exported = OnnxScorer(tmp_path / "a.onnx")
-    for name in ("metrics", "calibration", "class_name"):
+    assert scorer.image_score == "detail"
+    for name in ("metrics", "calibration", "class_name", "image_score"):
         assert getattr(exported, name) == getattr(scorer, name)
+    assert exported.thresholds == scorer.usual_thresholds()
+    metadata = {"image_threshold": "1", "pixel_threshold": "nan"}
+    with pytest.raises(ValueError, match="thresholds"):
+        export._read_thresholds(metadata)
+    assert export._read_thresholds({}) is None  # of files from before
 
 
 def test_the_file_alone_is_enough(exported):

@@ -197,6 +197,31 @@ def test_bad_images_and_masks_in_folders_of_their_own(tmp_path, run_main):
     (again,) = (tmp_path / "e").glob("knob-*/result.json")
     for name in ("pixel_auroc", "image_auroc"):
         assert json.loads(again.read_text())[name] == pytest.approx(result["last"][name], abs=1e-3)
+    assert "mvtec_anomaly_detection" not in (again.parent / "report.html").read_text()
+    (folder / "test" / "hole").rename(tmp_path / "moved")
+    code, _, err = run_main(evaluate.main, arguments)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "cannot be used" in err
+    assert "give other data by --datapath and --cls" in err
+
+
+def test_a_flat_folder_of_good_images_with_bad_ones_is_evaluated_again(tmp_path, run_main):
+    folder = make_class(tmp_path / "data")
+    place = ["--datapath", folder / "train" / "good", "--bad", folder / "test" / "hole"]
+    run, _ = trained_on(run_main, tmp_path, *place, "--holdout", 0.3)
+    code, out, err = run_main(evaluate.main, [run / "last.pt", "--out", tmp_path / "e", "--gpu", "cpu"])
+    assert code == 0, err
+    assert "| good | 1 (paper) |" in out
+
+
+def test_a_data_set_on_the_command_line_wins_over_good_images_in_a_config(tmp_path, run_main):
+    make_class(tmp_path / "data")
+    (tmp_path / "a.yaml").write_text("good: elsewhere\nbad: there\ncls: elsewhere\n")
+    args = train.parse_arguments(["--config", str(tmp_path / "a.yaml"), "--datapath", str(tmp_path / "data")])
+    assert (args.good, args.bad, args.cls) == (None, None, ["tile"])
+    words = ["--config", str(tmp_path / "a.yaml"), "--datapath", str(tmp_path), "--cls", "widget", "--bad", "x"]
+    args = train.parse_arguments(words)
+    assert (args.good, args.bad, args.cls) == (None, "x", ["widget"])
 
 
 def test_masks_are_paired_by_name(tmp_path):

@@ -98,6 +98,9 @@ def test_unreadable_files_are_listed_and_the_others_done(trained, tmp_path, run_
     assert "2 cannot be read" in out
     assert [line.split("(")[0].split("/")[-1] for line in err.splitlines()] == ["b.png ", "c.jpg "]
     assert [row["path"].split("/")[-1] for row in table(tmp_path)] == ["a.png", "d.png"]
+    report = (tmp_path / "out" / "report.html").read_bytes()
+    assert run(run_main, trained, tmp_path, "--batchSize", 1, "--resume", images=[folder])[0] == 1
+    assert (tmp_path / "out" / "report.html").read_bytes() == report  # with its pictures
     save_image(folder / "b.png", noise)  # is repaired: one is tried again, the other in vain
     code, out, err = run(run_main, trained, tmp_path, "--batchSize", 1, "--resume", images=[folder])
     assert (code, err.count("\n")) == (1, 1)
@@ -456,6 +459,7 @@ def test_own_results_and_linked_folders_are_not_scored(trained, tmp_path, run_ma
     (folder / "another").symlink_to(folder / "part", target_is_directory=True)
     (folder / "part" / "loop").symlink_to(folder, target_is_directory=True)
     shutil.copytree(trained.run, folder / "run")
+    (folder / "part" / "report.html").write_text("of another program")
     for out in (folder / "predictions", tmp_path / "out"):
         flags = ["--out", out, "--gpu", "cpu"]
         code, text, err = run_main(predict.main, [trained.checkpoint, folder, *flags])

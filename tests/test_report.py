@@ -173,8 +173,9 @@ def test_equal_scores_and_a_report_without_images_can_be_drawn(tmp_path):
     assert data_of(tmp_path / "report.html")["tiles"] == []
 
 
-def test_small_regions_of_a_mask_do_not_vanish():
-    mask = np.zeros((256, 256), bool)
+@pytest.mark.parametrize("size", [(256, 256), (3000, 4000)])
+def test_small_regions_of_a_mask_do_not_vanish(size):
+    mask = np.zeros(size, bool)
     mask[100, 100] = True
     assert report.mask_uri(mask, (40, 40)) != report.mask_uri(np.zeros_like(mask), (40, 40))
 

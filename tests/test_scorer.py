@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Pictures, save_image
+from PIL import Image
 
 import scorer as scorer_module
 from dataset import normalize
@@ -437,7 +438,8 @@ def test_a_region_of_other_proportions_is_said_to_be_stretched(tmp_path):
     (line,) = roi_remarks(roi, [square])
     assert "is 50x100" in line
     assert "64x64: it is stretched" in line
-    for given, images in ((roi, [half]), (None, [square]), (roi, []), (roi, [tmp_path / "missing.png"])):
+    missing = tmp_path / "missing.png"
+    for given, images in ((roi, [half]), (None, [square]), (roi, []), (roi, [missing]), (missing, [roi])):
         assert roi_remarks(given, images) == []
 
 
@@ -450,6 +452,11 @@ def test_a_region_in_an_alpha_channel_is_refused(tmp_path, as_file):
     save_image(tmp_path / "roi.png", region)
     with pytest.raises(InputError, match="alpha channel; save it in black and white"):
         read_roi(tmp_path / "roi.png" if as_file else region)
+    palette = Image.fromarray(np.repeat([[0], [1]], 4, axis=1).astype(np.uint8), "P")
+    palette.putpalette([255, 255, 255] * 2)
+    palette.save(tmp_path / "palette.png", transparency=0)
+    with pytest.raises(InputError, match="alpha channel"):
+        read_roi(tmp_path / "palette.png")
 
 
 def test_arrays_files_and_lists_of_any_size_are_inspected_alike(trained, tmp_path):
