@@ -263,7 +263,7 @@ def is_flat(datapath: Path, dataset: str = "auto") -> bool:
 
 
 def oddities(data: AnomalyClass, folders: Iterable[Path] = ()) -> list[str]:
-    """Lines about images that are copies or nearly black, and about what is no image in the folders."""
+    """Lines about copies, images that are nearly black, mixed proportions, and what is no image in the folders."""
     return [*skipped_files(folders), *copies(data), *nearly_black(data.train), *mixed_proportions(data.train)]
 
 
