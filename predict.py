@@ -434,19 +434,19 @@ def predict(
     left = [item for item in items if item.name.as_posix() not in results.done]
     unreadable, start = [], time.perf_counter()
     writer = Writer(args, thresholds, scorer, roi, results)
-    with StopSignals() as signals:
-        try:
+    try:
+        with StopSignals() as signals:
             for batch in scored(scorer, left, args, roi, unreadable):
                 signals.check()
                 writer.start(batch)
             writer.wait()
             signals.check()
-        except KeyboardInterrupt:
-            flag = "" if args.resume else " --resume"
-            raise Interrupted(
-                f"stopped, {len(results.done)} of {count_images(len(items))} are done; to continue: python "
-                f"{shlex.join(sys.argv)}{flag}"
-            ) from None
+    except KeyboardInterrupt:
+        flag = "" if args.resume else " --resume"
+        raise Interrupted(
+            f"stopped, {len(results.done)} of {count_images(len(items))} are done; to continue: python "
+            f"{shlex.join(sys.argv)}{flag}"
+        ) from None
     if unreadable and not results.done:
         print(f"no image written to {args.out}; of {count_images(len(items))} none can be read:")
         return unreadable

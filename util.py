@@ -122,7 +122,7 @@ class StopSignals:
     """While it is active, Ctrl-C, SIGTERM and a lost terminal raise KeyboardInterrupt at once.
 
     Python prints and swallows what is raised inside some callbacks: it is not printed, and `check` between
-    steps raises it again.
+    steps raises it again.  Libraries make another error of it, in whose place it leaves.
     """
 
     def __init__(self):
@@ -138,10 +138,12 @@ class StopSignals:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         sys.unraisablehook = self._unraisable
+        if self.asked and kind is not None and issubclass(kind, Exception):
+            raise KeyboardInterrupt from None
 
     def check(self) -> None:
         if self.asked:

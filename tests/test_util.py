@@ -154,6 +154,21 @@ def test_a_signal_that_python_swallows_is_remembered_and_not_printed(capsys):
     assert sys.unraisablehook == hook
 
 
+def test_a_signal_of_which_a_library_makes_another_error_is_still_one():
+    """As matplotlib does, whose C++ says that what it was drawing is invalid."""
+
+    def draw():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ValueError("invalid bounding box") from None
+
+    with pytest.raises(KeyboardInterrupt), StopSignals():
+        draw()
+    with pytest.raises(ValueError, match="without any signal"), StopSignals():
+        raise ValueError("without any signal")
+
+
 def test_nohup_is_respected():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
