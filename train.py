@@ -396,7 +396,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     words = [*(config_arguments(parser, Path(config)) if config else ()), *argv]
     args, given = parser.parse_args(words), given_flags(argv)
     if "datapath" in given and "good" in given:
-        parser.error("--good and --datapath both say where the images are; give one of them")
+        raise InputError("--good and --datapath both say where the images are; give one of them")
     named = "cls" in given_flags(words)
     if "datapath" in given and args.good is not None:  # of --config, which named the class by it
         vars(args).update({name: None for name in ("good", "bad", "masks") if name not in given})
