@@ -75,10 +75,25 @@ def convolve(
         way: "tiles", or "strips" with stride 1.
         kinds: of each map, "input" or "upsampled": of half the size.
     """
+    weights = list(map(_SameLayout.apply, weights))
     if way == "tiles":
         return _TileConvolution.apply(tuple(kinds), stride, *maps, *weights)
     kernels = map(kernel_spectrum, weights, kinds)
     return _StripConvolution.apply(tuple(kinds), weights[0].shape[-1], *maps, *kernels)
+
+
+class _SameLayout(torch.autograd.Function):
+    """The same tensor; its gradient is laid out as it is, or autograd would copy it, and keep both for a while."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.strides = x.stride()
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return torch.empty_strided(grad.shape, ctx.strides, dtype=grad.dtype).copy_(grad)
 
 
 def memory_of(
@@ -297,7 +312,6 @@ class _TileConvolution(torch.autograd.Function):
             mixed = _by_channels(spectra[-1], mixings[-1], mixed)
         ctx.save_for_backward(*spectra, *mixings)
         ctx.kinds, ctx.shapes = kinds, [(x.shape, y.shape) for x, y in zip(maps, kernels, strict=True)]
-        ctx.kernel_strides = [torch.empty_like(kernel, device="meta").stride() for kernel in kernels]
         ctx.out_kind = "output" if stride == 1 else "every second output"
         batch, height, width, _ = maps[0].shape
         scale = 2 if kinds[0] == "upsampled" else 1
@@ -328,10 +342,7 @@ class _TileConvolution(torch.autograd.Function):
                 by_tiles = torch.empty_like(mixing)
                 for x, y, out in zip(spectrum, grad, by_tiles, strict=True):
                     torch.bmm(x.permute(1, 2, 0), y.transpose(0, 1), out=out)
-                # Laid out as the kernel, or autograd would copy it, and keep both for a while.
-                kernel_grad = torch.empty_strided(kernel_shape, ctx.kernel_strides[n], dtype=grad.dtype)
-                kernel_grad.copy_(kernel_gradient(by_tiles, kernel_shape))
-                grads[count + n] = kernel_grad.permute(3, 2, 0, 1)
+                grads[count + n] = kernel_gradient(by_tiles, kernel_shape).permute(3, 2, 0, 1)
         return None, None, *grads
 
 

@@ -205,6 +205,16 @@ def test_the_fused_convolution_equals_the_formula(dtype, tolerance, source, stri
         assert not x.is_contiguous() or x.is_contiguous(memory_format=MEMORY_FORMAT)
 
 
+@pytest.mark.parametrize("way", spectral.WAYS)
+def test_a_weights_gradient_is_laid_out_as_the_weight(way, monkeypatch):
+    """Or autograd would keep it and a copy, for each block, until a step with memory saving ends."""
+    take(way, monkeypatch)
+    weight = random(8, 4, 7, 7)
+    (grad,) = torch.autograd.grad(conv2d(weight, random(1, 4, 32, 32)).square().sum(), weight)
+    assert grad.stride() == weight.stride()
+    assert not weight.is_contiguous()
+
+
 @pytest.mark.parametrize("size", [2, 4, 8, 16])
 @pytest.mark.parametrize("channels", [2, 4, 6, 8, 16, 64])
 def test_bfloat16_is_right_at_any_size(channels, size):
