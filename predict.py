@@ -261,9 +261,8 @@ def _folders_below(root: Path) -> Iterator[Path]:
 
 def _holds_results(folder: Path) -> bool:
     """Whether a prediction, a run or an evaluation wrote it, whose pictures are not to be scored."""
-    files = [folder / name for name in (MARKER, report.FILE, "metrics.csv")]
-    marked, *others = (path.is_file() for path in files)
-    return marked or all(others)
+    of_training = all((folder / name).is_file() for name in (report.FILE, "metrics.csv"))
+    return of_training or (folder / MARKER).is_file()
 
 
 def _cannot_read(error: OSError) -> None:

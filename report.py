@@ -81,15 +81,14 @@ def colored(scores: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
 
 def in_proportion(image: np.ndarray, path: Path) -> np.ndarray:
     """A thumbnail of an image uint8 (h,w,3), which may be stretched, in the proportions of its file."""
-    height, width = image_shape(path, image.shape[:2])
-    scale = min(1.0, THUMBNAIL / max(height, width))
-    return resize_image(image, (max(1, round(scale * height)), max(1, round(scale * width))))
+    shape = image_shape(path, image.shape[:2])
+    return _resized(image, min(THUMBNAIL, max(shape)), shape)
 
 
-def _resized(scores: np.ndarray, longest: int, shape: Sequence[int]) -> np.ndarray:
-    """A map in an image's proportions; shape is the image's (h, w)."""
+def _resized(picture: np.ndarray, longest: int, shape: Sequence[int]) -> np.ndarray:
+    """An image or a map in an image's proportions; shape is the image's (h, w)."""
     height, width = (max(1, round(side * longest / max(shape))) for side in shape[:2])
-    return resize_image(scores, (height, width))
+    return resize_image(picture, (height, width))
 
 
 def text(value: object) -> str:
