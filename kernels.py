@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -152,7 +153,7 @@ class _ScaleAndShift(torch.autograd.Function):
                     _log_scale_(into.copy_(s0))
             mean = _mean_over(ctx.dims, scale)
             for into, mean_part in _strips(scale, mean):
-                into.sub_(mean_part).exp_()
+                _exp_(into.sub_(mean_part))
         elif in_table:
             table = _log_scales().exp()
             for into, part, factor in _strips(scale, raw, (-mean).exp()):
@@ -160,7 +161,7 @@ class _ScaleAndShift(torch.autograd.Function):
         else:
             for into, part, negative in _strips(scale, raw, -mean):
                 _angle_(into.copy_(part[..., :channels]))
-                torch.add(negative, into, alpha=CLAMP * ATAN_FACTOR, out=into).exp_()
+                _exp_(torch.add(negative, into, alpha=CLAMP * ATAN_FACTOR, out=into))
         ctx.save_for_backward(raw, scale)
         ctx.mark_non_differentiable(mean)
         return scale, raw[:, channels:], mean
@@ -177,6 +178,11 @@ class _ScaleAndShift(torch.autograd.Function):
             into[..., :channels] = _times_slope_(grad, part[..., :channels])
             into[..., channels:] = shift
         return grad_raw, None
+
+
+def _exp_(x: Tensor) -> Tensor:
+    """exp(x), in place; on the CPU `torch.exp` is MKL's, which takes several times as long on an AMD EPYC."""
+    return x.exp_() if x.is_cuda else x.mul_(1 / math.log(2)).exp2_()
 
 
 def _log_scale_(s0: Tensor) -> Tensor:
@@ -226,7 +232,7 @@ class _AffineCoupling(torch.autograd.Function):
         ctx.save_for_backward(matrix, scale, x, shift)
         y = _empty_like(x)
         for into, scale_part, x_part, shift_part in _strips(y, scale, x, shift):
-            torch.mm(_scaled_and_shifted(scale_part, x_part, shift_part)[0], matrix.T, out=into[0])
+            _times_matrix(_scaled_and_shifted(scale_part, x_part, shift_part)[0], matrix, out=into[0])
         return y
 
     @staticmethod
@@ -239,7 +245,7 @@ class _AffineCoupling(torch.autograd.Function):
             mixed = _scaled_and_shifted(scale, x, shift).reshape(-1, len(matrix))
             grad = grad.reshape(-1, len(matrix))
             grad_matrix.addmm_(grad.T, mixed)
-            grad = (grad @ matrix).view(x.shape)
+            grad = _times_matrix(grad, matrix.T).view(x.shape)
             torch.mul(grad, x, out=into_scale)
             torch.mul(grad, scale, out=into_x)
             into_shift.copy_(grad)
@@ -257,12 +263,20 @@ def undo_affine_coupling(inverse: Tensor, y: Tensor, shift: Tensor, scale: Tenso
         return plain_undo_affine_coupling(inverse, y, shift, scale)
     x = _empty_like(y)
     for into, y_part, shift_part, scale_part in _strips(x, y, shift, scale):
-        torch.div((y_part @ inverse.T).sub_(shift_part.to(y.dtype)), scale_part, out=into)
+        torch.div(_times_matrix(y_part, inverse).sub_(shift_part.to(y.dtype)), scale_part, out=into)
     return x
 
 
 def plain_undo_affine_coupling(inverse: Tensor, y: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return (_matmul(inverse, y) - shift) / scale
+
+
+def _times_matrix(rows: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+    """Pixels (...,C) times the transpose of (C,C); on the CPU by oneDNN, twice as fast on an AMD EPYC as MKL."""
+    if can_fuse(rows) and rows.dtype == matrix.dtype:
+        found = torch.ops.mkldnn._linear_pointwise(rows, matrix, None, "none", [], "")
+        return found if out is None else out.copy_(found)
+    return torch.matmul(rows, matrix.T, out=out)
 
 
 def _matmul(matrix: Tensor, x: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ STRIP_ROWS = 32  # of outputs
 TILE_MIXING, STRIP_MIXING = 6.6, 1.4  # per output, input and output channel; and, of strips, tap
 TILE_TRANSFORMS, STRIP_TRANSFORMS = 550, 200  # per output and channel on either side
 AMX_STRIP_TRANSFORMS = 600  # where AMX makes products fast, moving the maps takes longer than they
-TILE_KERNEL, STRIP_KERNEL = 100_000, 150_000  # a kernel's transform, per input and output channel
+TILE_KERNEL, STRIP_KERNEL = 100_000, 200_000  # a kernel's transform, per input and output channel
 BFLOAT16_WORTH = {"direct": 1.0, "tiles": 1.5, "strips": 1.25}  # times faster it has to be, as it rounds more
 
 
@@ -108,11 +108,13 @@ def memory_of(
     """
     batch, height, width = shape
     if way == "tiles":
-        positions = TILE + k - 1
-        numbers = positions * (positions // 2 + 1) * itemsize
-        spectrum = 2 * numbers * batch * -(-height // TILE) * -(-width // TILE)
-        kernel = 4 * numbers * channels * outputs
-        return spectrum * channels + kernel, 3 * spectrum * max(channels, outputs) + 2 * kernel
+        positions, down = TILE + k - 1, batch * -(-height // TILE)
+        frequencies = positions // 2 + 1
+        spectrum = 2 * positions * down * -(-width // TILE) * itemsize  # of one frequency and channel
+        rows = 2 * frequencies * (down * (width + k - 1) * (channels + outputs) + 2 * k * channels * outputs)
+        matrices = 3 * 4 * positions * channels * outputs
+        for_a_while = (rows + matrices) * itemsize + 4 * spectrum * max(channels, outputs)
+        return frequencies * spectrum * channels, for_a_while
     positions = STRIP_ROWS + k - 1
     spectrum = positions * batch * -(-height // STRIP_ROWS) * width * itemsize
     kernel = positions * k * channels * outputs * itemsize
@@ -213,15 +215,16 @@ def rows_from_spectrum(spectrum: Tensor, by: Basis, out: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------- tiles
 #
-# With maps (B,H,W,C), T = 15 + k and F = T // 2 + 1, a spectrum is (F, tiles, T, 2C): half of the vertical
-# frequencies, the tiles of all images, all horizontal frequencies, real parts and then imaginary parts of
-# the channels.  `to_spectrum` and `from_spectrum` with the same basis are adjoint; the convolution, its
-# gradients, and the transform of its kernel are made of these two and of products over channels.
+# With T = 15 + k, and F = T // 2 + 1 vertical frequencies, which are half of all: a spectrum is of one of them,
+# (tiles, T, 2C): the tiles of all images, all horizontal frequencies, real parts and then imaginary parts of the
+# channels.  Spectra are made, multiplied and transformed back one after the other; so little is in memory at once.
+# `Rows.of` and `Rows.to_map`, and `Rows.to_spectrum` and `Rows.from_spectrum`, with the same basis are adjoint:
+# the convolution, its gradients, and the transform of its kernel are made of them and of products over channels.
 
 
 @functools.lru_cache(maxsize=64)
 def basis(kind: str, k: int, dtype: torch.dtype) -> Basis:
-    """The basis of a kind of `sampling`; "output" is scaled so that `from_spectrum` is the inverse transform."""
+    """The basis of a kind of `sampling`; "output" is scaled so that the way back is the inverse transform."""
     spread, start, stride = sampling(kind, k, TILE)
     positions, place = len(spread), torch.arange(len(spread))
     angle = (place[:, None] * place % positions).double() * (-2 * math.pi / positions)
@@ -237,124 +240,183 @@ def basis(kind: str, k: int, dtype: torch.dtype) -> Basis:
     return Basis(half.to(dtype), start, stride, across=full.to(dtype))
 
 
-def to_spectrum(x: Tensor, by: Basis) -> Tensor:
-    """(B,H,W,C) -> (F, tiles, T, 2C)."""
-    batch, height, width, channels = x.shape
-    down, across = by.count(height), by.count(width)
-    padded = (across - 1) * by.stride + by.length
-    rows = x.new_empty(len(by.down), batch * down, padded * channels)
-    begin, end = -by.start * channels, (width - by.start) * channels
-    rows[..., :begin] = rows[..., end:] = 0
-    rows_to_spectrum(x, by, by.down, rows[..., begin:end])
-    frequencies = len(by.down) // 2
-    count = frequencies * batch * down
-    overlapping = rows.as_strided(
-        (count, across, 2, by.length, channels),
-        (padded * channels, by.stride * channels, count * padded * channels, channels, 1),
-    )
-    windows = overlapping.reshape(-1, 2 * by.length, channels)
-    spectrum = torch.bmm(by.across.expand(len(windows), -1, -1), windows)
-    return spectrum.view(frequencies, batch * down * across, -1, 2 * channels)
+class Rows:
+    """A map (B,H,W,C), transformed down the columns of its pieces; and the transform along their rows.
+
+    Attributes:
+        parts: (2,F,pieces,W',C), real and imaginary parts; W' is W and the margins of the outer tiles.  Of any
+            numbers at first.
+    """
+
+    def __init__(self, x: Tensor, by: Basis):
+        batch, height, width, channels = x.shape
+        pieces, across = batch * by.count(height), by.count(width)
+        padded = (across - 1) * by.stride + by.length
+        self.by, self.inside = by, slice(-by.start, width - by.start)
+        self.parts = x.new_empty(2, len(by.down) // 2, pieces, padded, channels)
+        # One for each tile: PyTorch would copy a single one that often, and that for every frequency.
+        self.matrices = by.across.expand(pieces * across, -1, -1).contiguous()
+
+    @classmethod
+    def of(cls, x: Tensor, by: Basis) -> Rows:
+        """(B,H,W,C) -> its rows."""
+        rows = cls(x, by)
+        rows.parts[..., : rows.inside.start, :] = rows.parts[..., rows.inside.stop :, :] = 0
+        rows_to_spectrum(x.contiguous(), by, by.down, rows._along_maps())
+        return rows
+
+    def to_map(self, out: Tensor) -> Tensor:
+        """-> `out` (B,H,W,C), contiguous."""
+        return rows_from_spectrum(self._along_maps(), self.by, out)
+
+    def to_spectrum(self, frequency: int) -> Tensor:
+        """-> (tiles, T, 2C)."""
+        rows, by = self.parts[:, frequency], self.by
+        windows = rows.unfold(2, by.length, by.stride).permute(1, 2, 0, 4, 3)  # (pieces, across, 2, n, C)
+        windows = windows.reshape(len(self.matrices), -1, rows.shape[-1])
+        return torch.bmm(self.matrices, windows).view(len(windows), -1, 2 * rows.shape[-1])
+
+    def from_spectrum(self, spectrum: Tensor, frequency: int) -> None:
+        """(tiles, T, 2C) -> this frequency."""
+        rows, by = self.parts[:, frequency], self.by
+        windows = torch.bmm(self.matrices.mT, spectrum.view(len(spectrum), -1, rows.shape[-1]))
+        windows = windows.view(rows.shape[1], -1, 2, by.length, rows.shape[-1]).permute(2, 0, 1, 3, 4)
+        if by.length == by.stride:
+            rows.view_as(windows).copy_(windows)
+            return
+        rows.zero_()  # tiles that overlap add up
+        for j, window in enumerate(windows.unbind(2)):
+            rows[:, :, j * by.stride : j * by.stride + by.length] += window
+
+    def _along_maps(self) -> Tensor:
+        return self.parts[..., self.inside, :].flatten(3).flatten(0, 1)
 
 
-def from_spectrum(spectrum: Tensor, by: Basis, out: Tensor) -> Tensor:
-    """(F, tiles, T, 2C) -> `out` (B,H,W,C), contiguous; the adjoint of `to_spectrum`."""
-    batch, height, width, channels = out.shape
-    down, across = by.count(height), by.count(width)
-    padded = (across - 1) * by.stride + by.length
-    count = len(spectrum) * batch * down
-    windows = spectrum.reshape(-1, len(by.across), channels)
-    windows = torch.bmm(by.across.T.expand(len(windows), -1, -1), windows)
-    windows = windows.view(count, across, 2, by.length, channels).permute(2, 0, 1, 3, 4)
-    apart = by.length == by.stride  # tiles that overlap add up
-    rows = windows if apart else spectrum.new_zeros(2, count, padded, channels)
-    for j in range(0 if apart else across):
-        rows[:, :, j * by.stride : j * by.stride + by.length] += windows[:, :, j]
-    rows = rows.reshape(len(by.down), batch * down, padded * channels)
-    return rows_from_spectrum(rows[..., -by.start * channels : (width - by.start) * channels], by, out)
+class Mixing:
+    """Real matrices that multiply by the spectrum of a kernel (k,k,O,I), or by its conjugate."""
+
+    def __init__(self, kernel: Tensor, conjugate: bool):
+        k, _, *self.channels = kernel.shape
+        self.rows = Rows.of(kernel.reshape(1, k, k, -1), basis("kernel", k, kernel.dtype))
+        self.conjugate = conjugate
+
+    def at(self, frequency: int) -> Tensor:
+        """(T,2O,2I)."""
+        o, i = self.channels
+        real, imaginary = self.rows.to_spectrum(frequency)[0].unflatten(-1, (2, o, i)).unbind(1)
+        mixing = real.new_empty(len(real), 2 * o, 2 * i)
+        mixing[:, :o, :i] = mixing[:, o:, i:] = real
+        same, negative = mixing[:, o:, :i], mixing[:, :o, i:]
+        if self.conjugate:
+            same, negative = negative, same
+        same.copy_(imaginary)
+        torch.neg(imaginary, out=negative)
+        return mixing
 
 
-def mixing_of(kernel: Tensor) -> Tensor:
-    """(k,k,I,O) -> (F,T,2I,2O): real matrices that multiply by the conjugate of the kernel's spectrum."""
-    k, _, i, o = kernel.shape
-    spectrum = to_spectrum(kernel.reshape(1, k, k, i * o), basis("kernel", k, kernel.dtype))
-    real, imaginary = spectrum[:, 0].unflatten(-1, (2, i, o)).unbind(2)
-    mixing = kernel.new_empty(*real.shape[:2], 2 * i, 2 * o)
-    mixing[..., :i, :o] = mixing[..., i:, o:] = real
-    mixing[..., i:, :o] = imaginary
-    torch.neg(imaginary, out=mixing[..., :i, o:])
-    return mixing
+class MixingGradient:
+    """From gradients of the matrices, by the conjugate spectrum, to that of the kernel (k,k,O,I)."""
 
+    def __init__(self, kernel: Tensor):
+        k, _, *self.channels = kernel.shape
+        self.taps = kernel.new_empty(1, k, k, math.prod(self.channels))
+        self.rows = Rows(self.taps, basis("kernel", k, kernel.dtype))
 
-def kernel_gradient(mixing_gradient: Tensor, kernel_shape: tuple[int, int, int, int]) -> Tensor:
-    """Adjoint of `mixing_of`."""
-    k, _, i, o = kernel_shape
-    top, bottom = mixing_gradient.split(i, dim=-2)
-    real = top[..., :o] + bottom[..., o:]
-    imaginary = bottom[..., :o] - top[..., o:]
-    spectrum = torch.stack([real, imaginary], dim=2)[:, None]
-    taps = spectrum.new_empty(1, k, k, i * o)
-    return from_spectrum(spectrum, basis("kernel", k, spectrum.dtype), taps).view(kernel_shape)
+    def put(self, gradient: Tensor, frequency: int) -> None:
+        """(T,2O,2I)."""
+        o, i = self.channels
+        top, bottom = gradient.split(o, dim=1)
+        parts = top[..., :i] + bottom[..., i:], top[..., i:] - bottom[..., :i]
+        self.rows.from_spectrum(torch.stack(parts, dim=1).view(1, len(gradient), -1), frequency)
+
+    def kernel(self) -> Tensor:
+        return self.rows.to_map(self.taps).view(*self.taps.shape[1:3], *self.channels)
 
 
 class _TileConvolution(torch.autograd.Function):
-    """Sum of the convolutions of maps (B,I,H,W), each with its kernel (O,I,k,k) -> (B,O,H,W)."""
+    """Sum of the convolutions of maps (B,I,H,W), each with its weight (O,I,k,k) -> (B,O,H/stride,W/stride)."""
 
     @staticmethod
-    def forward(ctx, kinds: tuple[str, ...], stride: int, *maps_and_kernels: Tensor) -> Tensor:
-        maps = [x.permute(0, 2, 3, 1) for x in maps_and_kernels[: len(kinds)]]
-        kernels = [x.permute(2, 3, 1, 0) for x in maps_and_kernels[len(kinds) :]]
-        k, dtype = kernels[0].shape[0], maps[0].dtype
-        spectra, mixings, mixed = [], [], None
-        for kind, x, kernel in zip(kinds, maps, kernels, strict=True):
-            spectra.append(to_spectrum(x.contiguous(), basis(kind, k, dtype)))
-            mixings.append(mixing_of(kernel))
-            mixed = _by_channels(spectra[-1], mixings[-1], mixed)
-        ctx.save_for_backward(*spectra, *mixings)
-        ctx.kinds, ctx.shapes = kinds, [(x.shape, y.shape) for x, y in zip(maps, kernels, strict=True)]
-        ctx.out_kind = "output" if stride == 1 else "every second output"
-        batch, height, width, _ = maps[0].shape
+    def forward(ctx, kinds: tuple[str, ...], stride: int, *maps_and_weights: Tensor) -> Tensor:
+        maps, weights = maps_and_weights[: len(kinds)], maps_and_weights[len(kinds) :]
+        k, keep = weights[0].shape[-1], any(ctx.needs_input_grad[2 + len(kinds) :])
+        ctx.bases = [basis(kind, k, maps[0].dtype) for kind in kinds]
+        ctx.out_basis = basis("output" if stride == 1 else "every second output", k, maps[0].dtype)
+        ctx.shapes = [x.shape for x in maps]
+        batch, _, height, width = maps[0].shape
         scale = 2 if kinds[0] == "upsampled" else 1
-        height, width = height * scale // stride, width * scale // stride
         # No view: autograd would copy the gradient of one that is changed in place, into another layout.
-        size = (batch, kernels[0].shape[-1], height, width)
-        y = torch.empty(size, dtype=dtype, device=mixed.device, memory_format=torch.channels_last)
-        from_spectrum(mixed, basis(ctx.out_kind, k, dtype), y.permute(0, 2, 3, 1))
+        y = _new_map(maps[0], (batch, len(weights[0]), height * scale // stride, width * scale // stride))
+        result = Rows(_last(y), ctx.out_basis)
+        sources = [Rows.of(_last(x), by) for x, by in zip(maps, ctx.bases, strict=True)]
+        mixings = [Mixing(x.permute(2, 3, 0, 1), conjugate=True) for x in weights]
+        spectra = []
+        for f in range(result.parts.shape[1]):
+            product = None
+            for source, mixing in zip(sources, mixings, strict=True):
+                spectrum = source.to_spectrum(f)
+                product = _multiply_groups(spectrum, mixing.at(f), product)
+                spectra += [spectrum] if keep else []
+            result.from_spectrum(product, f)
+        result.to_map(_last(y))
+        ctx.save_for_backward(*weights, *spectra)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        count = len(ctx.kinds)
-        saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
-        grad = grad.permute(0, 2, 3, 1).contiguous()
-        k = ctx.shapes[0][1][0]
-        grad = to_spectrum(grad, basis(ctx.out_kind, k, grad.dtype))
-        grads = [None] * (2 * count)
-        for n, (map_shape, kernel_shape) in enumerate(ctx.shapes):
-            spectrum, mixing = saved[n], saved[count + n]
-            if ctx.needs_input_grad[2 + n]:
-                by_channels = _by_channels(grad, mixing.mT)
-                map_grad = grad.new_empty(map_shape)
-                from_spectrum(by_channels, basis(ctx.kinds[n], k, grad.dtype), map_grad)
-                grads[n] = map_grad.permute(0, 3, 1, 2)
-            if ctx.needs_input_grad[2 + count + n]:
-                by_tiles = torch.empty_like(mixing)
-                for x, y, out in zip(spectrum, grad, by_tiles, strict=True):
-                    torch.bmm(x.permute(1, 2, 0), y.transpose(0, 1), out=out)
-                grads[count + n] = kernel_gradient(by_tiles, kernel_shape).permute(3, 2, 0, 1)
+        saved, count = ctx.saved_tensors, len(ctx.bases)  # once: torch.utils.checkpoint gives them no second time
+        weights, spectra = saved[:count], saved[count:]
+        of_maps, of_weights = ctx.needs_input_grad[2 : 2 + count], ctx.needs_input_grad[2 + count :]
+        source = Rows.of(_last(grad), ctx.out_basis)
+        grads = [_new_map(grad, shape) for shape in ctx.shapes]
+        results = [Rows(_last(x), by) for x, by in zip(grads, ctx.bases, strict=True)]
+        mixings = [Mixing(x.permute(2, 3, 1, 0), conjugate=False) for x in weights]
+        kernels = [MixingGradient(x.permute(2, 3, 0, 1)) for x in weights]
+        for f in range(source.parts.shape[1]):
+            spectrum = source.to_spectrum(f)
+            for n in range(count):
+                if of_maps[n]:
+                    results[n].from_spectrum(_multiply_groups(spectrum, mixings[n].at(f)), f)
+                if of_weights[n]:
+                    kernels[n].put(_products(spectrum, spectra[f * count + n]), f)
+        for n, (rows, kernel) in enumerate(zip(results, kernels, strict=True)):
+            grads[n] = rows.to_map(_last(grads[n])).permute(0, 3, 1, 2) if of_maps[n] else None
+            grads.append(kernel.kernel().permute(2, 3, 0, 1) if of_weights[n] else None)
         return None, None, *grads
 
 
-def _by_channels(spectrum: Tensor, mixing: Tensor, into: Tensor | None = None) -> Tensor:
-    """(F, tiles, T, 2I) times (F,T,2I,2O) -> (F, tiles, T, 2O), added to `into`."""
-    out = spectrum.new_empty(*spectrum.shape[:3], mixing.shape[-1]) if into is None else into
-    for x, matrix, y in zip(spectrum, mixing, out.transpose(1, 2), strict=True):
-        if into is None:
-            torch.bmm(x.transpose(0, 1), matrix, out=y)
-        else:
-            torch.baddbmm(y, x.transpose(0, 1), matrix, out=y)
-    return out
+def _new_map(x: Tensor, size: Sequence[int]) -> Tensor:
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _last(x: Tensor) -> Tensor:
+    """(B,C,H,W) -> (B,H,W,C)."""
+    return x.permute(0, 2, 3, 1)
+
+
+def _multiply_groups(spectrum: Tensor, matrices: Tensor, into: Tensor | None = None) -> Tensor:
+    """(tiles, T, 2I) times the transposes of (T,2O,2I) -> (tiles, T, 2O), added to `into`.
+
+    By oneDNN as a 1x1 convolution in T groups: on an AMD EPYC twice as fast in float32 as `torch.bmm`, by MKL.
+    """
+
+    def pixels(x: Tensor) -> Tensor:
+        return x.flatten(1)[None, :, None].permute(0, 3, 1, 2)
+
+    x, weight, groups = pixels(spectrum), matrices.flatten(0, 1)[..., None, None], len(matrices)
+    if into is None:
+        return F.conv2d(x, weight, groups=groups).permute(0, 2, 3, 1).reshape(*spectrum.shape[:2], -1)
+    add_convolution(pixels(into), x, weight, (0, 0), groups)
+    return into
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Sums over tiles: (tiles, T, 2O), (tiles, T, 2I) -> (T,2O,2I)."""
+    a, b = a.transpose(0, 1), b.transpose(0, 1)
+    if a.dtype == torch.bfloat16:  # or PyTorch would turn it around in memory, which takes longer
+        a = a.contiguous()
+    return torch.bmm(a.mT, b)
 
 
 # ------------------------------------------------------------------------------------ strips
@@ -504,13 +566,14 @@ def _multiply(factor: Tensor, kernel: Tensor, into: Tensor | None = None) -> Ten
     return out
 
 
-def add_convolution(into: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, int, int]) -> None:
-    """Add a convolution in three dimensions to `into`, in place; by oneDNN without another pass over it."""
+def add_convolution(into: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, ...], groups: int = 1) -> None:
+    """Add a convolution in two or three dimensions to `into`, in place; by oneDNN without another pass over it."""
     if can_fuse(x):
-        add = weight, None, padding, (1, 1, 1), (1, 1, 1), 1, "add", 1.0, None, [], None
+        ones = (1,) * len(padding)
+        add = weight, None, padding, ones, ones, groups, "add", 1.0, None, [], None
         torch.ops.mkldnn._convolution_pointwise_.binary(into, x, *add)
     else:
-        into += F.conv3d(x, weight, padding=padding)
+        into += (F.conv2d if len(padding) == 2 else F.conv3d)(x, weight, padding=padding, groups=groups)
 
 
 def _multiply_gradient(factor: Tensor, grad_factor: Tensor, kernel: Tensor) -> Tensor:
