@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from util import cpu_features
+from util import cpu_features, mkl_is_slow
 
 WAYS = ("direct", "tiles", "strips")
 TILE = 16  # outputs along one side of a tile
@@ -118,7 +118,8 @@ def memory_of(
     positions = STRIP_ROWS + k - 1
     spectrum = positions * batch * -(-height // STRIP_ROWS) * width * itemsize
     kernel = positions * k * channels * outputs * itemsize
-    return kernel, spectrum * 3 // 2 * (outputs + channels) + 2 * kernel
+    factor = spectrum * 3 // 2
+    return kernel + factor * channels, factor * outputs + spectrum * channels + 2 * kernel
 
 
 def can_fuse(x: Tensor) -> bool:
@@ -198,7 +199,11 @@ class Basis:
 def rows_to_spectrum(x: Tensor, by: Basis, matrix: Tensor, out: Tensor) -> Tensor:
     """(B,H,W,C), contiguous -> `out` (P, pieces, W*C), by one of the basis's matrices (P,n)."""
     for number, image, samples, places in by.pieces(*x.shape[:2]):
-        torch.mm(matrix[:, places], x[image, samples].flatten(1), out=out[:, number])
+        part, columns = matrix[:, places].contiguous(), x[image, samples].flatten(1)
+        if x.dtype == torch.float32 and mkl_is_slow() and can_fuse(x):
+            out[:, number] = torch.ops.mkldnn._linear_pointwise(part, columns.T, None, "none", [], "")
+        else:
+            torch.mm(part, columns, out=out[:, number])
     return out
 
 
@@ -492,17 +497,18 @@ class _StripConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kinds: tuple[str, ...], k: int, *maps_and_kernels: Tensor) -> Tensor:
         maps, kernels = maps_and_kernels[: len(kinds)], maps_and_kernels[len(kinds) :]
-        ctx.save_for_backward(*maps_and_kernels)
-        ctx.kinds, ctx.k = kinds, k
-        product = None
+        ctx.kinds, ctx.k, ctx.shapes = kinds, k, [x.shape for x in maps]
+        keep, factors, product = any(ctx.needs_input_grad[2 + len(kinds) :]), [], None
         for kind, x, kernel in zip(kinds, maps, kernels, strict=True):
-            product = _multiply(_factor(x, kind, k, kernel.shape[2]), kernel, product)
+            factor = _factor(x, kind, k, kernel.shape[2])
+            factors += [factor] if keep else []
+            product = _multiply(factor, kernel, product)
+        ctx.save_for_backward(*kernels, *factors)
         batch, _, height, width = maps[0].shape
         scale = 2 if kinds[0] == "upsampled" else 1
         # No view: autograd would copy the gradient of one that is changed in place, into another layout.
-        size = (batch, kernels[0].shape[1] // scale, height * scale, width * scale)
-        y = torch.empty(size, dtype=product.dtype, device=product.device, memory_format=torch.channels_last)
-        return _to_map(product, "output", k, y)
+        size = batch, kernels[0].shape[1] // scale, height * scale, width * scale
+        return _to_map(product, "output", k, _new_map(product, size))
 
     @staticmethod
     @once_differentiable
@@ -511,14 +517,13 @@ class _StripConvolution(torch.autograd.Function):
         factor = _factor(grad, "output", ctx.k, grad.shape[1])
         grads = [None] * (2 * count)
         for n, kind in enumerate(ctx.kinds):
-            x, kernel = saved[n], saved[count + n]
+            kernel = saved[n]
             grad_factor = factor.view(*factor.shape[:2], -1, kernel.shape[1])
             if ctx.needs_input_grad[2 + n]:
                 product = _multiply(grad_factor, _adjoint(kernel))
-                grads[n] = _to_map(product, kind, ctx.k, torch.empty_like(x, memory_format=torch.channels_last))
+                grads[n] = _to_map(product, kind, ctx.k, _new_map(grad, ctx.shapes[n]))
             if ctx.needs_input_grad[2 + count + n]:
-                factor_x = _factor(x, kind, ctx.k, kernel.shape[2])
-                grads[count + n] = _multiply_gradient(factor_x, grad_factor, kernel)
+                grads[count + n] = _multiply_gradient(saved[count + n], grad_factor, kernel)
         return None, None, *grads
 
 
