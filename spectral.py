@@ -200,7 +200,7 @@ def rows_to_spectrum(x: Tensor, by: Basis, matrix: Tensor, out: Tensor) -> Tenso
     """(B,H,W,C), contiguous -> `out` (P, pieces, W*C), by one of the basis's matrices (P,n)."""
     for number, image, samples, places in by.pieces(*x.shape[:2]):
         part, columns = matrix[:, places].contiguous(), x[image, samples].flatten(1)
-        if x.dtype == torch.float32 and mkl_is_slow() and can_fuse(x):
+        if x.dtype == torch.float32 and mkl_is_slow() and can_fuse(x):  # slow, unless both are contiguous
             out[:, number] = torch.ops.mkldnn._linear_pointwise(part, columns.T, None, "none", [], "")
         else:
             torch.mm(part, columns, out=out[:, number])
