@@ -531,7 +531,7 @@ def convolution_bytes(
     small = number_.expand(batch, upsampled, height // 2, width // 2) if upsampled else None
     way = spectral.choose_way(weight, x, small, stride) if device.type == "cpu" else "direct"
     if way != "direct":
-        return spectral.memory_of(way, shape, channels, outputs, k, dtype.itemsize)
+        return spectral.memory_of(way, shape, inputs, outputs, k, dtype.itemsize)
     folded = outputs * upsampled * (k + 1) ** 2 * dtype.itemsize  # the kernel for the upsampled map
     return folded + (dtype != torch.float32) * weight.nbytes, weight.nbytes
 

@@ -75,7 +75,8 @@ def convolve(
         way: "tiles", or "strips" with stride 1.
         kinds: of each map, "input" or "upsampled": of half the size.
     """
-    weights = list(map(_SameLayout.apply, weights))
+    # Without grad mode `needs_input_grad` would still tell that the weights' gradients are wanted.
+    weights = [_SameLayout.apply(x) if torch.is_grad_enabled() else x.detach() for x in weights]
     if way == "tiles":
         return _TileConvolution.apply(tuple(kinds), stride, *maps, *weights)
     kernels = map(kernel_spectrum, weights, kinds)
@@ -97,16 +98,16 @@ class _SameLayout(torch.autograd.Function):
 
 
 def memory_of(
-    way: str, shape: tuple[int, int, int], channels: int, outputs: int, k: int, itemsize: int
+    way: str, shape: tuple[int, int, int], inputs: tuple[int, int], outputs: int, k: int, itemsize: int
 ) -> tuple[int, int]:
     """What a convolution keeps beside the maps for its gradient, and what that takes for a while; bytes.
 
     Args:
         way: "tiles" or "strips".
         shape: (B,H,W) of the input.
-        channels: of the input.
+        inputs: channels of it, and channels that are upsampled from half the size.
     """
-    batch, height, width = shape
+    (batch, height, width), channels = shape, sum(inputs)
     if way == "tiles":
         positions, down = TILE + k - 1, batch * -(-height // TILE)
         frequencies = positions // 2 + 1
@@ -119,11 +120,12 @@ def memory_of(
     spectrum = positions * batch * -(-height // STRIP_ROWS) * width * itemsize
     kernel = positions * k * channels * outputs * itemsize
     factor = spectrum * 3 // 2
-    return kernel + factor * channels, factor * outputs + spectrum * channels + 2 * kernel
+    kept = kernel + factor * (inputs[0] + inputs[1] // 2)
+    return kept, factor * outputs + spectrum * channels + 2 * kernel
 
 
 def can_fuse(x: Tensor) -> bool:
-    """Whether oneDNN can add and apply LeakyReLU while it writes a convolution's result."""
+    """Whether oneDNN can be called by itself: to add, and to apply LeakyReLU, while it writes a result."""
     library = torch.backends.mkldnn
     if x.device.type != "cpu" or not (library.is_available() and library.enabled):
         return False
@@ -196,14 +198,21 @@ class Basis:
             yield number, image, slice(begin, end), slice(begin - first, end - first)
 
 
+def times_transposed(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a (...,K) times the transpose of b (N,K); in float32 on an AMD CPU by oneDNN, as MKL takes twice as long.
+
+    Either may be transposed in memory; with gaps between rows oneDNN would take a hundred times as long.
+    """
+    if a.dtype == b.dtype == torch.float32 and mkl_is_slow() and can_fuse(a):
+        product = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        return product if out is None else out.copy_(product)
+    return torch.matmul(a, b.T, out=out)
+
+
 def rows_to_spectrum(x: Tensor, by: Basis, matrix: Tensor, out: Tensor) -> Tensor:
     """(B,H,W,C), contiguous -> `out` (P, pieces, W*C), by one of the basis's matrices (P,n)."""
     for number, image, samples, places in by.pieces(*x.shape[:2]):
-        part, columns = matrix[:, places].contiguous(), x[image, samples].flatten(1)
-        if x.dtype == torch.float32 and mkl_is_slow() and can_fuse(x):  # slow, unless both are contiguous
-            out[:, number] = torch.ops.mkldnn._linear_pointwise(part, columns.T, None, "none", [], "")
-        else:
-            torch.mm(part, columns, out=out[:, number])
+        times_transposed(matrix[:, places].contiguous(), x[image, samples].flatten(1).T, out=out[:, number])
     return out
 
 
@@ -222,9 +231,10 @@ def rows_from_spectrum(spectrum: Tensor, by: Basis, out: Tensor) -> Tensor:
 #
 # With T = 15 + k, and F = T // 2 + 1 vertical frequencies, which are half of all: a spectrum is of one of them,
 # (tiles, T, 2C): the tiles of all images, all horizontal frequencies, real parts and then imaginary parts of the
-# channels.  Spectra are made, multiplied and transformed back one after the other; so little is in memory at once.
-# `Rows.of` and `Rows.to_map`, and `Rows.to_spectrum` and `Rows.from_spectrum`, with the same basis are adjoint:
-# the convolution, its gradients, and the transform of its kernel are made of them and of products over channels.
+# channels.  One after the other they are made, multiplied and transformed back; only what the weight's gradient
+# needs is kept.  `Rows.of` and `Rows.to_map`, and `Rows.to_spectrum` and `Rows.from_spectrum`, with the same basis
+# are adjoint: the convolution, its gradients, and the transform of its kernel are made of them and of products
+# over channels.
 
 
 @functools.lru_cache(maxsize=64)
@@ -248,9 +258,10 @@ def basis(kind: str, k: int, dtype: torch.dtype) -> Basis:
 class Rows:
     """A map (B,H,W,C), transformed down the columns of its pieces; and the transform along their rows.
 
+    `Rows(x, basis)` are for a map like x, and not filled in: `Rows.of` or `from_spectrum` does that.
+
     Attributes:
-        parts: (2,F,pieces,W',C), real and imaginary parts; W' is W and the margins of the outer tiles.  Of any
-            numbers at first.
+        parts: (2,F,pieces,W',C), real and imaginary parts; W' is W and the margins of the outer tiles.
     """
 
     def __init__(self, x: Tensor, by: Basis):
@@ -267,12 +278,12 @@ class Rows:
         """(B,H,W,C) -> its rows."""
         rows = cls(x, by)
         rows.parts[..., : rows.inside.start, :] = rows.parts[..., rows.inside.stop :, :] = 0
-        rows_to_spectrum(x.contiguous(), by, by.down, rows._along_maps())
+        rows_to_spectrum(x.contiguous(), by, by.down, rows._inside_map())
         return rows
 
     def to_map(self, out: Tensor) -> Tensor:
         """-> `out` (B,H,W,C), contiguous."""
-        return rows_from_spectrum(self._along_maps(), self.by, out)
+        return rows_from_spectrum(self._inside_map(), self.by, out)
 
     def to_spectrum(self, frequency: int) -> Tensor:
         """-> (tiles, T, 2C)."""
@@ -293,8 +304,10 @@ class Rows:
         for j, window in enumerate(windows.unbind(2)):
             rows[:, :, j * by.stride : j * by.stride + by.length] += window
 
-    def _along_maps(self) -> Tensor:
-        return self.parts[..., self.inside, :].flatten(3).flatten(0, 1)
+    def _inside_map(self) -> Tensor:
+        """(2F, pieces, W*C), a view."""
+        parts = self.parts.flatten(0, 1)[:, :, self.inside]
+        return parts.view(*parts.shape[:2], -1)
 
 
 class Mixing:
@@ -303,7 +316,7 @@ class Mixing:
     def __init__(self, kernel: Tensor, conjugate: bool):
         k, _, *self.channels = kernel.shape
         self.rows = Rows.of(kernel.reshape(1, k, k, -1), basis("kernel", k, kernel.dtype))
-        self.conjugate = conjugate
+        self.sign = -1 if conjugate else 1
 
     def at(self, frequency: int) -> Tensor:
         """(T,2O,2I)."""
@@ -311,11 +324,8 @@ class Mixing:
         real, imaginary = self.rows.to_spectrum(frequency)[0].unflatten(-1, (2, o, i)).unbind(1)
         mixing = real.new_empty(len(real), 2 * o, 2 * i)
         mixing[:, :o, :i] = mixing[:, o:, i:] = real
-        same, negative = mixing[:, o:, :i], mixing[:, :o, i:]
-        if self.conjugate:
-            same, negative = negative, same
-        same.copy_(imaginary)
-        torch.neg(imaginary, out=negative)
+        torch.mul(imaginary, self.sign, out=mixing[:, o:, :i])
+        torch.mul(imaginary, -self.sign, out=mixing[:, :o, i:])
         return mixing
 
 
@@ -348,22 +358,19 @@ class _TileConvolution(torch.autograd.Function):
         ctx.bases = [basis(kind, k, maps[0].dtype) for kind in kinds]
         ctx.out_basis = basis("output" if stride == 1 else "every second output", k, maps[0].dtype)
         ctx.shapes = [x.shape for x in maps]
-        batch, _, height, width = maps[0].shape
-        scale = 2 if kinds[0] == "upsampled" else 1
-        # No view: autograd would copy the gradient of one that is changed in place, into another layout.
-        y = _new_map(maps[0], (batch, len(weights[0]), height * scale // stride, width * scale // stride))
-        result = Rows(_last(y), ctx.out_basis)
-        sources = [Rows.of(_last(x), by) for x, by in zip(maps, ctx.bases, strict=True)]
+        y = _output(kinds, maps, len(weights[0]), stride)
+        result = Rows(_channels_last(y), ctx.out_basis)
+        sources = [Rows.of(_channels_last(x), by) for x, by in zip(maps, ctx.bases, strict=True)]
         mixings = [Mixing(x.permute(2, 3, 0, 1), conjugate=True) for x in weights]
         spectra = []
         for f in range(result.parts.shape[1]):
             product = None
             for source, mixing in zip(sources, mixings, strict=True):
                 spectrum = source.to_spectrum(f)
-                product = _multiply_groups(spectrum, mixing.at(f), product)
+                product = _mix(spectrum, mixing.at(f), product)
                 spectra += [spectrum] if keep else []
             result.from_spectrum(product, f)
-        result.to_map(_last(y))
+        result.to_map(_channels_last(y))
         ctx.save_for_backward(*weights, *spectra)
         return y
 
@@ -373,21 +380,25 @@ class _TileConvolution(torch.autograd.Function):
         saved, count = ctx.saved_tensors, len(ctx.bases)  # once: torch.utils.checkpoint gives them no second time
         weights, spectra = saved[:count], saved[count:]
         of_maps, of_weights = ctx.needs_input_grad[2 : 2 + count], ctx.needs_input_grad[2 + count :]
-        source = Rows.of(_last(grad), ctx.out_basis)
-        grads = [_new_map(grad, shape) for shape in ctx.shapes]
-        results = [Rows(_last(x), by) for x, by in zip(grads, ctx.bases, strict=True)]
-        mixings = [Mixing(x.permute(2, 3, 1, 0), conjugate=False) for x in weights]
-        kernels = [MixingGradient(x.permute(2, 3, 0, 1)) for x in weights]
+        source = Rows.of(_channels_last(grad), ctx.out_basis)
+        grads, results, mixings, kernels = [None] * 2 * count, {}, {}, {}
+        for n, (shape, by, weight) in enumerate(zip(ctx.shapes, ctx.bases, weights, strict=True)):
+            if of_maps[n]:
+                grads[n] = _new_map(grad, shape)
+                results[n] = Rows(_channels_last(grads[n]), by)
+                mixings[n] = Mixing(weight.permute(2, 3, 1, 0), conjugate=False)
+            if of_weights[n]:
+                kernels[n] = MixingGradient(weight.permute(2, 3, 0, 1))
         for f in range(source.parts.shape[1]):
             spectrum = source.to_spectrum(f)
-            for n in range(count):
-                if of_maps[n]:
-                    results[n].from_spectrum(_multiply_groups(spectrum, mixings[n].at(f)), f)
-                if of_weights[n]:
-                    kernels[n].put(_products(spectrum, spectra[f * count + n]), f)
-        for n, (rows, kernel) in enumerate(zip(results, kernels, strict=True)):
-            grads[n] = rows.to_map(_last(grads[n])).permute(0, 3, 1, 2) if of_maps[n] else None
-            grads.append(kernel.kernel().permute(2, 3, 0, 1) if of_weights[n] else None)
+            for n, rows in results.items():
+                rows.from_spectrum(_mix(spectrum, mixings[n].at(f)), f)
+            for n, kernel in kernels.items():
+                kernel.put(_mixing_gradient(spectrum, spectra[f * count + n]), f)
+        for n, rows in results.items():
+            rows.to_map(_channels_last(grads[n]))
+        for n, kernel in kernels.items():
+            grads[count + n] = kernel.kernel().permute(2, 3, 0, 1)
         return None, None, *grads
 
 
@@ -395,12 +406,22 @@ def _new_map(x: Tensor, size: Sequence[int]) -> Tensor:
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _last(x: Tensor) -> Tensor:
+def _output(kinds: Sequence[str], maps: Sequence[Tensor], channels: int, stride: int = 1) -> Tensor:
+    """Where the result goes, (B,O,H/stride,W/stride).
+
+    No view: autograd would copy the gradient of one that is changed in place, into another layout.
+    """
+    scale = 2 if kinds[0] == "upsampled" else 1
+    batch, _, *size = maps[0].shape
+    return _new_map(maps[0], (batch, channels, *(n * scale // stride for n in size)))
+
+
+def _channels_last(x: Tensor) -> Tensor:
     """(B,C,H,W) -> (B,H,W,C)."""
     return x.permute(0, 2, 3, 1)
 
 
-def _multiply_groups(spectrum: Tensor, matrices: Tensor, into: Tensor | None = None) -> Tensor:
+def _mix(spectrum: Tensor, matrices: Tensor, into: Tensor | None = None) -> Tensor:
     """(tiles, T, 2I) times the transposes of (T,2O,2I) -> (tiles, T, 2O), added to `into`.
 
     By oneDNN as a 1x1 convolution in T groups: on an AMD EPYC twice as fast in float32 as `torch.bmm`, by MKL.
@@ -411,17 +432,17 @@ def _multiply_groups(spectrum: Tensor, matrices: Tensor, into: Tensor | None = N
 
     x, weight, groups = pixels(spectrum), matrices.flatten(0, 1)[..., None, None], len(matrices)
     if into is None:
-        return F.conv2d(x, weight, groups=groups).permute(0, 2, 3, 1).reshape(*spectrum.shape[:2], -1)
+        return _channels_last(F.conv2d(x, weight, groups=groups)).reshape(*spectrum.shape[:2], -1)
     add_convolution(pixels(into), x, weight, (0, 0), groups)
     return into
 
 
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    """Sums over tiles: (tiles, T, 2O), (tiles, T, 2I) -> (T,2O,2I)."""
-    a, b = a.transpose(0, 1), b.transpose(0, 1)
-    if a.dtype == torch.bfloat16:  # or PyTorch would turn it around in memory, which takes longer
-        a = a.contiguous()
-    return torch.bmm(a.mT, b)
+def _mixing_gradient(grad: Tensor, spectrum: Tensor) -> Tensor:
+    """Sums over tiles of (tiles, T, 2O) times (tiles, T, 2I) -> (T,2O,2I)."""
+    grad, spectrum = grad.transpose(0, 1), spectrum.transpose(0, 1)
+    if grad.dtype == torch.bfloat16:  # or PyTorch would copy it transposed, which takes longer
+        grad = grad.contiguous()
+    return torch.bmm(grad.mT, spectrum)
 
 
 # ------------------------------------------------------------------------------------ strips
@@ -500,15 +521,13 @@ class _StripConvolution(torch.autograd.Function):
         ctx.kinds, ctx.k, ctx.shapes = kinds, k, [x.shape for x in maps]
         keep, factors, product = any(ctx.needs_input_grad[2 + len(kinds) :]), [], None
         for kind, x, kernel in zip(kinds, maps, kernels, strict=True):
-            factor = _factor(x, kind, k, kernel.shape[2])
-            factors += [factor] if keep else []
-            product = _multiply(factor, kernel, product)
+            factors.append(_factor(x, kind, k, kernel.shape[2]))
+            product = _multiply(factors[-1], kernel, product)
+            if not keep:
+                factors.clear()
         ctx.save_for_backward(*kernels, *factors)
-        batch, _, height, width = maps[0].shape
-        scale = 2 if kinds[0] == "upsampled" else 1
-        # No view: autograd would copy the gradient of one that is changed in place, into another layout.
-        size = batch, kernels[0].shape[1] // scale, height * scale, width * scale
-        return _to_map(product, "output", k, _new_map(product, size))
+        channels = kernels[0].shape[1] // (2 if kinds[0] == "upsampled" else 1)
+        return _to_map(product, "output", k, _output(kinds, maps, channels))
 
     @staticmethod
     @once_differentiable
@@ -530,13 +549,13 @@ class _StripConvolution(torch.autograd.Function):
 def _factor(x: Tensor, kind: str, k: int, channels: int) -> Tensor:
     """(B,C,H,W) -> (3T/2-1, strips, W, C), seen with so many channels."""
     by = strip_basis(kind, k, x.dtype)
-    factor = strips_to_spectrum(x.permute(0, 2, 3, 1).contiguous(), by, by.factor)
+    factor = strips_to_spectrum(_channels_last(x).contiguous(), by, by.factor)
     return factor.view(*factor.shape[:2], -1, channels)
 
 
 def _to_map(spectrum: Tensor, kind: str, k: int, out: Tensor) -> Tensor:
     """(T, strips, W, C) -> `out` (B,C,H,W), the spectrum seen with its channels."""
-    rows = out.permute(0, 2, 3, 1)
+    rows = _channels_last(out)
     strips_from_spectrum(
         spectrum.view(*spectrum.shape[:2], *rows.shape[2:]), strip_basis(kind, k, out.dtype), rows
     )

@@ -331,7 +331,7 @@ def cpu_features() -> list[str]:
 
 @functools.cache
 def mkl_is_slow() -> bool:
-    """Whether MKL, by which PyTorch computes float32 products, takes twice as long as oneDNN: on AMD's CPUs."""
+    """Whether MKL, PyTorch's library for float32 products and functions, takes long: on AMD's CPUs."""
     return any(line.startswith("vendor_id") and "AMD" in line for line in _read_lines("/proc/cpuinfo"))
 
 
