@@ -586,3 +586,13 @@ def test_tensors_on_a_disk_that_is_full_at_any_point_say_so(tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space left on device"):
         save_tensors(tmp_path / "a.pt", {f"x{i}": torch.zeros(1000) for i in range(1000)})
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.pt", "as it was")]
+
+
+@pytest.mark.parametrize(
+    ("lines", "slow"),
+    [(["vendor_id\t: AuthenticAMD"], True), (["vendor_id\t: GenuineIntel"], False), ([], False)],
+    ids=["AMD", "Intel", "not Linux"],
+)
+def test_on_which_processors_mkl_is_slow(lines, slow, monkeypatch):
+    monkeypatch.setattr(util, "_read_lines", lambda path: lines)
+    assert util.mkl_is_slow.__wrapped__() == slow
