@@ -57,7 +57,7 @@ def choose_way(weight: Tensor, x: Tensor | None, upsampled: Tensor | None, strid
         "tiles": outputs * (i * o * TILE_MIXING + (i + o) * TILE_TRANSFORMS) + i * o * TILE_KERNEL,
         "strips": outputs * (taps * STRIP_MIXING + transforms) + i * o * STRIP_KERNEL,
     }
-    if amx:  # products as small as the tiles' are no faster than the direct way
+    if amx:  # products as small as the tiles', by `torch.bmm`, were no faster than the direct way
         del times["tiles"]
     if stride > 1:
         del times["strips"]
@@ -345,6 +345,7 @@ class MixingGradient:
         self.rows.from_spectrum(torch.stack(parts, dim=1).view(1, len(gradient), -1), frequency)
 
     def kernel(self) -> Tensor:
+        """(k,k,O,I), once all frequencies are put."""
         return self.rows.to_map(self.taps).view(*self.taps.shape[1:3], *self.channels)
 
 
