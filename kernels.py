@@ -30,6 +30,7 @@ MEMORY_FORMAT = torch.channels_last  # of every map from the image to the anomal
 CLAMP = 2.0  # of the log-scale
 BLUR = (1, 4, 6, 4, 1)  # taps of the pyramid's, to be divided by their sum
 ATAN_FACTOR = 0.636  # stands for 2 / pi in the official code
+OF_PIXEL, OF_CHANNEL = (0, 1), (0, 2, 3)  # dimensions of the mean that CVN and SVN take away
 STRIP_ELEMENTS = 2**17  # per thread: a few float32 strips of this many fit a core's cache
 
 
@@ -121,7 +122,7 @@ def scale_and_shift(raw: Tensor, mean: Tensor | tuple[int, ...]) -> Tensors:
     Args:
         raw: (B,2C,H,W).
         mean: what is subtracted, a tensor that broadcasts to b; or the dimensions of b to take its mean
-            over, (0, 1) or (0, 2, 3).
+            over, OF_PIXEL or OF_CHANNEL.
 
     Returns:
         (scale, shift, mean): (B,C,H,W), at least float32; (B,C,H,W); what was subtracted, without a graph.
@@ -144,20 +145,28 @@ class _ScaleAndShift(torch.autograd.Function):
         scale = _empty_like(raw[:, :channels], _at_least_float32(raw))
         ctx.dims = mean if isinstance(mean, tuple) else None
         in_table = raw.dtype == torch.bfloat16 and not raw.is_cuda and "AMX" not in cpu_features()
-        if ctx.dims:  # of the whole map, so that exp(b - mean) takes a second pass
+
+        def set_log_scale(into: Tensor, part: Tensor) -> None:
+            s0 = part[..., :channels]
+            if in_table:
+                into.copy_(_look_up(_log_scales(), s0))
+            else:
+                _log_scale_(into.copy_(s0))
+
+        if ctx.dims == OF_PIXEL:
+            mean = scale.new_empty(1, 1, *scale.shape[2:])
+            for into, part, mean_part in _strips(scale, raw, mean):
+                set_log_scale(into, part)
+                _exp_(into.sub_(mean_part.copy_(_mean_of_rows(into, ctx.dims))))
+        elif ctx.dims:  # of the whole map, so that exp(b - mean) takes a second pass
             for into, part in _strips(scale, raw):
-                s0 = part[..., :channels]
-                if in_table:
-                    into.copy_(_look_up(_log_scales(), s0))
-                else:
-                    _log_scale_(into.copy_(s0))
-            mean = _mean_over(ctx.dims, scale)
+                set_log_scale(into, part)
+            mean = _mean_of_rows(_pixel_rows(scale), ctx.dims).view(1, channels, 1, 1)
             for into, mean_part in _strips(scale, mean):
                 _exp_(into.sub_(mean_part))
         elif in_table:
-            table = _log_scales().exp()
             for into, part, factor in _strips(scale, raw, (-mean).exp()):
-                torch.mul(_look_up(table, part[..., :channels]), factor, out=into)
+                torch.mul(_look_up(_scales(), part[..., :channels]), factor, out=into)
         else:
             for into, part, negative in _strips(scale, raw, -mean):
                 _angle_(into.copy_(part[..., :channels]))
@@ -170,11 +179,14 @@ class _ScaleAndShift(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_scale: Tensor, grad_shift: Tensor, _) -> tuple[Tensor, None]:
         raw, scale = ctx.saved_tensors
-        channels = scale.shape[1]
-        grad_raw, grad_s = _empty_like(raw), grad_scale * scale
-        if ctx.dims:
-            grad_s -= _mean_over(ctx.dims, grad_s)
-        for into, grad, part, shift in _strips(grad_raw, grad_s, raw, grad_shift):
+        channels, grad_raw = scale.shape[1], _empty_like(raw)
+        if ctx.dims == OF_CHANNEL:
+            mean = _mean_of_rows(_pixel_rows(grad_scale * scale), ctx.dims)
+        maps = grad_raw, raw, grad_shift, grad_scale, scale
+        for into, part, shift, grad, scale_part in _strips(*maps, join=ctx.dims != OF_PIXEL):
+            grad = grad * scale_part
+            if ctx.dims:
+                grad -= mean if ctx.dims == OF_CHANNEL else _mean_of_rows(grad, ctx.dims)
             into[..., :channels] = _times_slope_(grad, part[..., :channels])
             into[..., channels:] = shift
         return grad_raw, None
@@ -202,6 +214,12 @@ def _log_scales() -> Tensor:
     Looking it up was faster than computing it on an AMD EPYC without AMX, and slower on an Intel Xeon with AMX.
     """
     return _log_scale_(torch.arange(2**16).to(torch.int16).view(torch.bfloat16).float())
+
+
+@functools.lru_cache(maxsize=1)
+def _scales() -> Tensor:
+    """(65536,) exp(b) of these."""
+    return _log_scales().exp()
 
 
 def _look_up(table: Tensor, x: Tensor) -> Tensor:
@@ -276,13 +294,13 @@ def _matmul(matrix: Tensor, x: Tensor) -> Tensor:
     return (x.movedim(1, -1) @ matrix.T).movedim(-1, 1)
 
 
-def _strips(*maps: Tensor) -> Iterator[Tensors]:
+def _strips(*maps: Tensor, join: bool = True) -> Iterator[Tensors]:
     """The same pixels of each map, as rows (B,n,C), a strip at a time; of a mean over pixels all, (1,1,C).
 
-    Of maps of one size it is as if there were one image, (1,n,C).
+    Of maps of one size it is as if there were one image, (1,n,C), if they may be joined.
     """
     rows = [_pixel_rows(x) for x in maps]
-    if len({x.shape[:2] for x in rows}) == 1:
+    if join and len({x.shape[:2] for x in rows}) == 1:
         rows = [x.flatten(0, 1)[None] for x in rows]
     batch, pixels, channels = rows[0].shape
     count = pixels
@@ -297,13 +315,12 @@ def _pixel_rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, x.shape[1])
 
 
-def _mean_over(dims: tuple[int, ...], x: Tensor) -> Tensor:
-    """x.mean(dims, keepdim=True) of (B,C,H,W), in rows, one dimension after the other: faster."""
-    total = _pixel_rows(x)
-    for dim in {(0, 1): (2, 0), (0, 2, 3): (0, 1)}[dims]:
+def _mean_of_rows(rows: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Of rows (B,n,C) the mean over `dims` of their map: (1,n,1) or (1,1,C); one after the other: faster."""
+    total = rows
+    for dim in {OF_PIXEL: (2, 0), OF_CHANNEL: (0, 1)}[dims]:
         total = total.sum(dim, keepdim=True)
-    shape = [1 if dim in dims else n for dim, n in enumerate(x.shape)]
-    return total.mul_(total.numel() / x.numel()).view(shape)
+    return total.mul_(total.numel() / rows.numel())
 
 
 def _empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -453,8 +470,19 @@ def kernel_of_upsampled(weight: Tensor) -> Tensor:
     An input pixel stands for 2x2 pixels of the upsampled map, so the weights it meets add up; about a third
     of the work at k = 7.
     """
-    summed = 4 * F.avg_pool2d(weight, 2, stride=1, padding=1)
-    return summed.flip(-2, -1).transpose(0, 1).contiguous(memory_format=MEMORY_FORMAT)
+    o, i, k, _ = weight.shape
+    taps = weight.permute(0, 2, 3, 1).reshape(o, k * k, i)
+    summed = torch.matmul(summing_matrix(k, weight.dtype, weight.device), taps)
+    return summed.view(o, k + 1, k + 1, i).permute(3, 0, 1, 2).contiguous(memory_format=MEMORY_FORMAT)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def summing_matrix(k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """((k+1)*(k+1),k*k) of 0 and 1: sums of 2x2 neighbors, turned by 180 degrees; faster than `avg_pool2d`."""
+    along = torch.eye(k + 1, dtype=torch.float64)
+    along = (along[:, :-1] + along[:, 1:]).flip(0)
+    return torch.kron(along, along).to(device, dtype)
 
 
 def convolution_dtype(asked: torch.dtype | None, device: torch.device, channels: int, side: int, k: int):

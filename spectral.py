@@ -15,10 +15,10 @@ stage rounds.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +30,14 @@ from util import cpu_features, mkl_is_slow
 WAYS = ("direct", "tiles", "strips")
 TILE = 16  # outputs along one side of a tile
 STRIP_ROWS = 32  # of outputs
+STRIP_BYTES = 5 * 2**17  # per thread: of spectra that are made and used at once
 
 # Time, in multiply-adds of a direct convolution that take as long; measured.
-TILE_MIXING, STRIP_MIXING = 6.6, 1.4  # per output, input and output channel; and, of strips, tap
-TILE_TRANSFORMS, STRIP_TRANSFORMS = 550, 200  # per output and channel on either side
+TILE_MIXING = 6.6  # per output, input and output channel
+TILE_TRANSFORMS, STRIP_TRANSFORMS = 550, 145  # per output and channel on either side
 AMX_STRIP_TRANSFORMS = 600  # where AMX makes products fast, moving the maps takes longer than they
-TILE_KERNEL, STRIP_KERNEL = 100_000, 200_000  # a kernel's transform, per input and output channel
+TILE_KERNEL, STRIP_KERNEL = 100_000, 280_000  # a kernel's transform, per input and output channel
+STRIP = 20_000_000  # per strip, however narrow
 BFLOAT16_WORTH = {"direct": 1.0, "tiles": 1.5, "strips": 1.25}  # times faster it has to be, as it rounds more
 
 
@@ -49,18 +51,19 @@ def choose_way(weight: Tensor, x: Tensor | None, upsampled: Tensor | None, strid
     outputs = x[:, :1].numel() if x is not None else 4 * upsampled[:, :1].numel()
     o, i, k, _ = weight.shape
     own, other = (0 if y is None else y.shape[1] for y in (x, upsampled))
-    reach = 2 * ((k // 2 + 1) // 2) + 1  # taps of the small map
-    taps = (2 * (STRIP_ROWS + k) - 4) / STRIP_ROWS * (own * k + other * reach) * o
+    mixing = 2 * (STRIP_ROWS + k - 1) / STRIP_ROWS * i * o * k
     transforms = (i + o) * (AMX_STRIP_TRANSFORMS if amx else STRIP_TRANSFORMS)
     times = {
         "direct": outputs / stride**2 * o * (own * k**2 + other * (k + 1) ** 2 / 3),
         "tiles": outputs * (i * o * TILE_MIXING + (i + o) * TILE_TRANSFORMS) + i * o * TILE_KERNEL,
-        "strips": outputs * (taps * STRIP_MIXING + transforms) + i * o * STRIP_KERNEL,
+        "strips": outputs * (mixing + transforms) + i * o * STRIP_KERNEL,
     }
     if amx:  # products as small as the tiles', by `torch.bmm`, were no faster than the direct way
         del times["tiles"]
-    if stride > 1:
+    if stride > 1 or other:
         del times["strips"]
+    else:
+        times["strips"] += outputs / (STRIP_ROWS * x.shape[-1]) * STRIP
     if weight.dtype == torch.bfloat16:
         times = {way: time * BFLOAT16_WORTH[way] for way, time in times.items()}
     return min(times, key=times.get)
@@ -72,15 +75,14 @@ def convolve(
     """Sum of the convolutions of maps (B,I,H,W), each with its weight (O,I,k,k) -> (B,O,H/stride,W/stride).
 
     Args:
-        way: "tiles", or "strips" with stride 1.
+        way: "tiles"; or "strips", of one "input" with stride 1.
         kinds: of each map, "input" or "upsampled": of half the size.
     """
     # Without grad mode `needs_input_grad` would still tell that the weights' gradients are wanted.
     weights = [_SameLayout.apply(x) if torch.is_grad_enabled() else x.detach() for x in weights]
     if way == "tiles":
         return _TileConvolution.apply(tuple(kinds), stride, *maps, *weights)
-    kernels = map(kernel_spectrum, weights, kinds)
-    return _StripConvolution.apply(tuple(kinds), weights[0].shape[-1], *maps, *kernels)
+    return _StripConvolution.apply(*maps, *weights)
 
 
 class _SameLayout(torch.autograd.Function):
@@ -163,6 +165,21 @@ def sampling(kind: str, k: int, outputs: int) -> tuple[Tensor, int, int]:
     return (sample[:, None] == torch.arange(int(sample.max()) + 1)).double(), start, stride
 
 
+class Piece(NamedTuple):
+    """What a piece of a map holds, counted through all images, and its part of the basis.
+
+    Attributes:
+        begin, end: its samples inside the map.
+        reached: where those begin that no piece before it holds.
+        matrix: the columns of `Basis.down` for its samples.
+    """
+
+    begin: int
+    reached: int
+    end: int
+    matrix: Tensor
+
+
 @dataclass(frozen=True)
 class Basis:
     """Discrete Fourier transform of the pieces of a map along one axis; a piece's n samples stand for T positions.
@@ -170,17 +187,15 @@ class Basis:
     Piece j holds the samples `start + j * stride` to `start + j * stride + n - 1`; those outside the map are zero.
 
     Attributes:
-        down: the matrix along the columns, (P,n), by which `rows_from_spectrum` is adjoint to `rows_to_spectrum`.
+        down: the matrix along the columns, (P,n).
         across: of tiles, the one along the rows, (2T,2n), complex samples (real parts, then imaginary parts) to
             all frequencies, real and imaginary parts alternating.
-        factor: of strips, the one along the columns that gives a factor, (3T/2-1,n).
     """
 
     down: Tensor
     start: int
     stride: int
     across: Tensor | None = None
-    factor: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -190,12 +205,14 @@ class Basis:
         """Pieces over `size` samples."""
         return -(-size // self.stride)
 
-    def pieces(self, batch: int, size: int) -> Iterator[tuple[int, int, slice, slice]]:
-        """(number, image, samples inside the map, their places in the piece) of each piece."""
-        for number, (image, j) in enumerate(itertools.product(range(batch), range(self.count(size)))):
-            first = self.start + j * self.stride
-            begin, end = max(first, 0), min(first + self.length, size)
-            yield number, image, slice(begin, end), slice(begin - first, end - first)
+    def piece(self, number: int, size: int) -> Piece:
+        """One of the pieces of images of so many samples each."""
+        image, j = divmod(number, self.count(size))
+        first = self.start + j * self.stride
+        begin, end = max(first, 0), min(first + self.length, size)
+        reached = min(first + self.length - self.stride, end) if j else begin
+        matrix = self.down if end - begin == self.length else self.down[:, begin - first : end - first]
+        return Piece(image * size + begin, image * size + max(reached, begin), image * size + end, matrix)
 
 
 def times_transposed(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -209,21 +226,28 @@ def times_transposed(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.matmul(a, b.T, out=out)
 
 
-def rows_to_spectrum(x: Tensor, by: Basis, matrix: Tensor, out: Tensor) -> Tensor:
-    """(B,H,W,C), contiguous -> `out` (P, pieces, W*C), by one of the basis's matrices (P,n)."""
-    for number, image, samples, places in by.pieces(*x.shape[:2]):
-        times_transposed(matrix[:, places].contiguous(), x[image, samples].flatten(1).T, out=out[:, number])
+def rows_to_spectrum(x: Tensor, by: Basis, out: Tensor, first: int = 0) -> Tensor:
+    """(B,H,W,C), contiguous -> `out` (P,n,W*C), of n pieces, from the `first` one on."""
+    rows = x.flatten(2).flatten(0, 1)
+    for n, into in enumerate(out.unbind(1)):
+        piece = by.piece(first + n, x.shape[1])
+        times_transposed(piece.matrix.contiguous(), rows[piece.begin : piece.end].T, out=into)
     return out
 
 
-def rows_from_spectrum(spectrum: Tensor, by: Basis, out: Tensor) -> Tensor:
-    """(P, pieces, W*C) -> `out` (B,H,W,C), contiguous; the adjoint of `rows_to_spectrum` by `by.down`."""
-    apart = by.length == by.stride  # pieces that overlap add up
-    if not apart:
-        out.zero_()
-    for number, image, samples, places in by.pieces(*out.shape[:2]):
-        rows = out[image, samples].view(-1, spectrum.shape[-1])
-        torch.addmm(rows, by.down[:, places].T, spectrum[:, number], beta=1 - apart, out=rows)
+def rows_from_spectrum(spectrum: Tensor, by: Basis, out: Tensor, first: int = 0) -> Tensor:
+    """(P,n,W*C) -> `out` (B,H,W,C), contiguous, where the pieces before are; pieces that overlap add up.
+
+    The adjoint of `rows_to_spectrum`.
+    """
+    rows = out.view(-1, spectrum.shape[-1])
+    for n, transformed in enumerate(spectrum.unbind(1)):
+        begin, reached, end, matrix = by.piece(first + n, out.shape[1])
+        shared = reached - begin
+        if shared:
+            rows[begin:reached].addmm_(matrix[:, :shared].T, transformed)
+        if reached < end:
+            torch.mm(matrix[:, shared:].T, transformed, out=rows[reached:end])
     return out
 
 
@@ -278,7 +302,7 @@ class Rows:
         """(B,H,W,C) -> its rows."""
         rows = cls(x, by)
         rows.parts[..., : rows.inside.start, :] = rows.parts[..., rows.inside.stop :, :] = 0
-        rows_to_spectrum(x.contiguous(), by, by.down, rows._inside_map())
+        rows_to_spectrum(x.contiguous(), by, rows._inside_map())
         return rows
 
     def to_map(self, out: Tensor) -> Tensor:
@@ -434,7 +458,10 @@ def _mix(spectrum: Tensor, matrices: Tensor, into: Tensor | None = None) -> Tens
     x, weight, groups = pixels(spectrum), matrices.flatten(0, 1)[..., None, None], len(matrices)
     if into is None:
         return _channels_last(F.conv2d(x, weight, groups=groups)).reshape(*spectrum.shape[:2], -1)
-    add_convolution(pixels(into), x, weight, (0, 0), groups)
+    if not can_fuse(x):
+        return into.add_(_channels_last(F.conv2d(x, weight, groups=groups)).reshape(into.shape))
+    add = weight, None, [0, 0], [1, 1], [1, 1], groups, "add", 1.0, None, [], None
+    torch.ops.mkldnn._convolution_pointwise_.binary(pixels(into), x, *add)  # without another pass over it
     return into
 
 
@@ -448,25 +475,22 @@ def _mixing_gradient(grad: Tensor, spectrum: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------ strips
 #
-# Of maps (B,H,W,C) a spectrum is (T, strips, W, C), real, with T = 31 + k: frequencies 0 and T/2, and then the
-# real and the imaginary part of each one between.  In a factor, (3T/2-1, strips, W, C), the negative real part
-# follows as a third: then a product of complex numbers is a convolution across the parts (see `_taps`).
-# `strips_to_spectrum` and `strips_from_spectrum` with the same basis are adjoint; the convolution and its
-# gradients are made of them, of `_multiply` and of `_multiply_gradient`.
+# Of a map (B,H,W,C) the spectrum of n strips is (n,W,T,C), real, with T = 31 + k: frequencies 0 and T/2, and then
+# the real and the imaginary part of each one between.  That are T/2 pairs of 2C channels, which mix among
+# themselves: the product with a kernel's spectrum is a convolution along the rows in T/2 groups.  A few strips at
+# a time are transformed, mixed and transformed back, while the processor's cache holds them.
 
 
 @functools.lru_cache(maxsize=64)
 def strip_basis(kind: str, k: int, dtype: torch.dtype) -> Basis:
-    """The basis of a kind of `sampling`; "output" is scaled so that `strips_from_spectrum` is the inverse."""
+    """The basis of "input" or "output", scaled so that `rows_from_spectrum` by the latter is the inverse."""
     spread, start, stride = sampling(kind, k, STRIP_ROWS)
     positions = len(spread)
     matrix = fourier_matrix(positions, positions) @ spread
     if kind == "output":
         matrix[2:] *= 2  # a frequency between stands for its conjugate, too
         matrix /= positions
-    real, imaginary = matrix[2::2], matrix[3::2]
-    factor = torch.cat([matrix[:2], torch.stack([real, imaginary, -real], 1).flatten(0, 1)])
-    return Basis(matrix.to(dtype), start, stride, factor=factor.to(dtype))
+    return Basis(matrix.to(dtype), start, stride)
 
 
 def fourier_matrix(positions: int, count: int) -> Tensor:
@@ -479,153 +503,126 @@ def fourier_matrix(positions: int, count: int) -> Tensor:
     return matrix
 
 
-def strips_to_spectrum(x: Tensor, by: Basis, matrix: Tensor) -> Tensor:
-    """(B,H,W,C) -> (P, strips, W, C), by one of the basis's matrices (P,n)."""
-    batch, height, width, channels = x.shape
-    spectrum = x.new_empty(len(matrix), batch * by.count(height), width * channels)
-    return rows_to_spectrum(x, by, matrix, spectrum).view(*spectrum.shape[:2], width, channels)
+@functools.lru_cache(maxsize=64)
+def mixing_blocks(k: int, dtype: torch.dtype) -> Tensor:
+    """(T/2,2,2,k), at least float32: k taps of a column to the 2x2 matrices by which they mix the pairs.
 
-
-def strips_from_spectrum(spectrum: Tensor, by: Basis, out: Tensor) -> Tensor:
-    """(T, strips, W, C) -> `out` (B,H,W,C), contiguous; the adjoint of `strips_to_spectrum` by `by.down`."""
-    return rows_from_spectrum(spectrum.flatten(2), by, out)
-
-
-def kernel_spectrum(weight: Tensor, kind: str) -> Tensor:
-    """(O,I,k,k) -> (T,O,I,k): the conjugate spectrum of the columns; the rows are taps of a direct convolution.
-
-    Of an "upsampled" map -> (T,2O,I,k'): two neighboring outputs count as one pixel with twice the channels,
-    which then has a direct convolution of the small map.
+    (a, b) becomes (ac - bd, ad + bc), which is (a + bi)(c + di), where c + di is the column's conjugate spectrum.
     """
-    k, rows = weight.shape[-1], weight.to(torch.promote_types(weight.dtype, torch.float32)).movedim(2, 0)
-    matrix = fourier_matrix(STRIP_ROWS + k - 1, k)
-    matrix[3::2] *= -1
-    spectrum = (matrix.to(rows) @ rows.flatten(1)).view(-1, *rows.shape[1:])
-    if kind == "upsampled":
-        spectrum = torch.einsum("emq,toiq->teoim", pair_taps(k).to(rows), spectrum).flatten(1, 2)
-    return spectrum.to(weight.dtype)
-
-
-def pair_taps(k: int) -> Tensor:
-    """(2,k',k) of 0 and 1: whether output e of a pair meets, at tap q, the pixel of tap m of the small map."""
-    reach = (k // 2 + 1) // 2
-    e, m, q = torch.meshgrid(torch.arange(2), torch.arange(2 * reach + 1), torch.arange(k), indexing="ij")
-    return ((e + q - k // 2).div(2, rounding_mode="floor") == m - reach).double()
+    spectrum = fourier_matrix(STRIP_ROWS + k - 1, k)
+    blocks = spectrum.new_zeros(len(spectrum) // 2, 2, 2, k)
+    blocks[0, 0, 0], blocks[0, 1, 1] = spectrum[:2]  # the first pair are two real numbers
+    blocks[1:, 0, 0] = blocks[1:, 1, 1] = spectrum[2::2]
+    blocks[1:, 0, 1], blocks[1:, 1, 0] = spectrum[3::2], -spectrum[3::2]
+    return blocks.to(torch.promote_types(dtype, torch.float32))
 
 
 class _StripConvolution(torch.autograd.Function):
-    """Sum of the convolutions of maps (B,I,H,W), each with its kernel's spectrum -> (B,O,H,W)."""
+    """The convolution of a map (B,I,H,W) with a weight (O,I,k,k) -> (B,O,H,W)."""
 
     @staticmethod
-    def forward(ctx, kinds: tuple[str, ...], k: int, *maps_and_kernels: Tensor) -> Tensor:
-        maps, kernels = maps_and_kernels[: len(kinds)], maps_and_kernels[len(kinds) :]
-        ctx.kinds, ctx.k, ctx.shapes = kinds, k, [x.shape for x in maps]
-        keep, factors, product = any(ctx.needs_input_grad[2 + len(kinds) :]), [], None
-        for kind, x, kernel in zip(kinds, maps, kernels, strict=True):
-            factors.append(_factor(x, kind, k, kernel.shape[2]))
-            product = _multiply(factors[-1], kernel, product)
-            if not keep:
-                factors.clear()
-        ctx.save_for_backward(*kernels, *factors)
-        channels = kernels[0].shape[1] // (2 if kinds[0] == "upsampled" else 1)
-        return _to_map(product, "output", k, _output(kinds, maps, channels))
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        k = weight.shape[-1]
+        y = _new_map(x, (len(x), len(weight), *x.shape[2:]))
+        spectra = _room_for_spectra(x, k) if ctx.needs_input_grad[1] else None
+        _by_strips(x, ("input", "output"), kernel_spectrum(weight, mixing_blocks(k, x.dtype)), y, spectra)
+        ctx.shape = x.shape
+        ctx.save_for_backward(weight, spectra)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        count, saved = len(ctx.kinds), ctx.saved_tensors  # once: checkpoint gives them no second time
-        factor = _factor(grad, "output", ctx.k, grad.shape[1])
-        grads = [None] * (2 * count)
-        for n, kind in enumerate(ctx.kinds):
-            kernel = saved[n]
-            grad_factor = factor.view(*factor.shape[:2], -1, kernel.shape[1])
-            if ctx.needs_input_grad[2 + n]:
-                product = _multiply(grad_factor, _adjoint(kernel))
-                grads[n] = _to_map(product, kind, ctx.k, _new_map(grad, ctx.shapes[n]))
-            if ctx.needs_input_grad[2 + count + n]:
-                grads[count + n] = _multiply_gradient(saved[count + n], grad_factor, kernel)
-        return None, None, *grads
+        weight, spectra = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
+        blocks = mixing_blocks(weight.shape[-1], weight.dtype)
+        adjoint = kernel_spectrum(weight.transpose(0, 1).flip(-1), blocks.transpose(1, 2))
+        grad_x = _new_map(grad, ctx.shape) if ctx.needs_input_grad[0] else None
+        grad_spectra = _room_for_spectra(grad, weight.shape[-1]) if ctx.needs_input_grad[1] else None
+        _by_strips(grad, ("output", "input"), adjoint, grad_x, grad_spectra)
+        grad_weight = None
+        if grad_spectra is not None:
+            grad_weight = kernel_from_spectrum(_mixing_gradient_of_strips(grad_spectra, spectra, weight), blocks)
+        return grad_x, grad_weight
 
 
-def _factor(x: Tensor, kind: str, k: int, channels: int) -> Tensor:
-    """(B,C,H,W) -> (3T/2-1, strips, W, C), seen with so many channels."""
-    by = strip_basis(kind, k, x.dtype)
-    factor = strips_to_spectrum(_channels_last(x).contiguous(), by, by.factor)
-    return factor.view(*factor.shape[:2], -1, channels)
-
-
-def _to_map(spectrum: Tensor, kind: str, k: int, out: Tensor) -> Tensor:
-    """(T, strips, W, C) -> `out` (B,C,H,W), the spectrum seen with its channels."""
-    rows = _channels_last(out)
-    strips_from_spectrum(
-        spectrum.view(*spectrum.shape[:2], *rows.shape[2:]), strip_basis(kind, k, out.dtype), rows
-    )
+def kernel_spectrum(weight: Tensor, blocks: Tensor) -> Tensor:
+    """(O,I,k,k) -> (T/2*2O,2I,1,k): at each tap along the rows, the matrix by which each pair mixes."""
+    o, i, k, _ = weight.shape
+    columns = weight.to(blocks.dtype).permute(2, 0, 3, 1).reshape(k, -1)
+    spectrum = times_transposed(blocks.reshape(-1, k), columns.T).view(*blocks.shape[:3], o, k, i)
+    out = _new_map(weight, (len(blocks) * 2 * o, 2 * i, 1, k))
+    _channels_last(out).view(*blocks.shape[:2], o, k, 2, i).copy_(spectrum.permute(0, 1, 3, 4, 2, 5))
     return out
 
 
-def _frequencies(positions: int) -> Iterator[tuple[slice, slice]]:
-    """Where each frequency's parts are in a factor, and in a spectrum of T positions."""
-    yield from ((slice(f, f + 1), slice(f, f + 1)) for f in (0, 1))
-    for f in range(1, positions // 2):
-        yield slice(3 * f - 1, 3 * f + 2), slice(2 * f, 2 * f + 2)
+def kernel_from_spectrum(spectrum: Tensor, blocks: Tensor) -> Tensor:
+    """(T/2*2O,2I,1,k) -> (O,I,k,k); the adjoint of `kernel_spectrum`."""
+    k = spectrum.shape[-1]
+    parts = _channels_last(spectrum).reshape(*blocks.shape[:2], -1, k, 2, spectrum.shape[1] // 2)
+    parts = parts.permute(0, 1, 4, 2, 3, 5).to(blocks.dtype, memory_format=torch.contiguous_format)
+    columns = times_transposed(blocks.reshape(-1, k).T, parts.flatten(3).flatten(0, 2).T)
+    return columns.view(k, -1, k, parts.shape[-1]).permute(1, 3, 0, 2).to(spectrum.dtype)
 
 
-def _taps(kernel: Tensor) -> list[Tensor]:
-    """A kernel's spectrum (T,O,I,k) -> taps (O,I,1 or 2,k) of each frequency, which multiply across the parts.
-
-    Of (a, b, -a) the taps (c, -d) make (ac - bd, bc + ad), which is (a + bi)(c + di).
-    """
-    between = kernel[2:].unflatten(0, (-1, 2)) * kernel.new_tensor([1, -1]).view(2, 1, 1, 1)
-    taps = [*kernel[:2, None], *between]
-    return [x.permute(1, 0, 3, 2).contiguous().permute(0, 3, 1, 2) for x in taps]
+def _room_for_spectra(x: Tensor, k: int) -> Tensor:
+    """For the spectrum of all strips of a map (B,C,H,W)."""
+    batch, channels, height, width = x.shape
+    return x.new_empty(batch * -(-height // STRIP_ROWS), width, STRIP_ROWS + k - 1, channels)
 
 
-def _multiply(factor: Tensor, kernel: Tensor, into: Tensor | None = None) -> Tensor:
-    """A factor (P, strips, W, I) times a kernel's spectrum (T,O,I,k) -> (T, strips, W, O), added to `into`."""
-    (_, strips, width, _), (positions, channels, _, k) = factor.shape, kernel.shape
-    size = positions, strips, width, channels
-    out = factor.new_zeros(size) if into is None else into.view(size)
-    for (parts, to), taps in zip(_frequencies(positions), _taps(kernel), strict=True):
-        into, x = (y[None].permute(0, 4, 1, 2, 3) for y in (out[to], factor[parts]))
-        add_convolution(into, x, taps.unsqueeze(3), (0, 0, k // 2))
-    return out
+def _by_strips(
+    x: Tensor, kinds: tuple[str, str], kernel: Tensor, out: Tensor | None, spectra: Tensor | None
+) -> None:
+    """A map (B,C,H,W): its strips' spectra, into `spectra`; these, mixed and transformed back, into `out`."""
+    k, rows = kernel.shape[-1], _channels_last(x).contiguous()
+    batch, height, width, channels = rows.shape
+    by, by_out = (strip_basis(kind, k, x.dtype) for kind in kinds)
+    positions, strips = len(by.down), batch * -(-height // STRIP_ROWS)
+    few = _few(positions * width * channels * x.itemsize, kernel.nbytes)
+    kernel = None if out is None else _packed(kernel, (1, positions * channels, few, width))
+    for first in range(0, strips, few):
+        count = min(few, strips - first)
+        spectrum = rows_to_spectrum(rows, by, rows.new_empty(positions, count, width * channels), first)
+        spectrum = spectrum.unflatten(2, (width, channels)).permute(1, 2, 0, 3)
+        spectrum = spectrum.contiguous() if spectra is None else spectra[first : first + count].copy_(spectrum)
+        if out is not None:
+            product = _mix_pairs(spectrum, kernel).permute(2, 0, 1, 3).flatten(2)  # (T,n,W*C)
+            rows_from_spectrum(product, by_out, _channels_last(out), first)
 
 
-def add_convolution(into: Tensor, x: Tensor, weight: Tensor, padding: tuple[int, ...], groups: int = 1) -> None:
-    """Add a convolution in two or three dimensions to `into`, in place; by oneDNN without another pass over it."""
-    if can_fuse(x):
-        ones = (1,) * len(padding)
-        add = weight, None, padding, ones, ones, groups, "add", 1.0, None, [], None
-        torch.ops.mkldnn._convolution_pointwise_.binary(into, x, *add)
+def _few(of_spectrum: int, of_kernel: int) -> int:
+    """Of how many strips the cache holds the spectra, which take so many bytes each; or more, if the kernel, which
+    is read for each few, takes many."""
+    return max(1, max(STRIP_BYTES * torch.get_num_threads(), of_kernel // 2) // of_spectrum)
+
+
+def _packed(kernel: Tensor, size: tuple[int, ...]) -> Tensor:
+    """The kernel as oneDNN lays it out for a convolution of this size, instead of each time anew."""
+    if not can_fuse(kernel):
+        return kernel
+    arguments = [0, kernel.shape[-1] // 2], [1, 1], [1, 1], size[1] // kernel.shape[1]
+    return torch.ops.mkldnn._reorder_convolution_weight(kernel, *arguments, size)
+
+
+def _mix_pairs(spectrum: Tensor, kernel: Tensor) -> Tensor:
+    """(n,W,T,I) times a kernel's spectrum -> (n,W,T,O)."""
+    positions, padding = spectrum.shape[2], (0, kernel.shape[-1] // 2)
+    if kernel.is_mkldnn:
+        arguments = padding, (1, 1), (1, 1), positions // 2, "none", [], ""
+        y = torch.ops.mkldnn._convolution_pointwise(_as_image(spectrum), kernel, None, *arguments)
     else:
-        into += (F.conv2d if len(padding) == 2 else F.conv3d)(x, weight, padding=padding, groups=groups)
+        y = F.conv2d(_as_image(spectrum), kernel, padding=padding, groups=positions // 2)
+    return _channels_last(y)[0].unflatten(2, (positions, -1))
 
 
-def _multiply_gradient(factor: Tensor, grad_factor: Tensor, kernel: Tensor) -> Tensor:
-    """The gradient of the kernel's spectrum, of factors (P, strips, W, I) and (P, strips, W, O).
-
-    The parts lie below each other here: with AMX, oneDNN 3.12 errs in the gradient of weights in three dimensions.
-    """
-
-    def below(x: Tensor) -> Tensor:
-        return x.flatten(0, 1)[None].permute(0, 3, 1, 2)
-
-    strips, k = factor.shape[1], kernel.shape[-1]
-    grad = torch.empty_like(kernel)
-    for (parts, to), taps in zip(_frequencies(len(kernel)), _taps(kernel), strict=True):
-        grad_parts = grad_factor[parts.start : parts.start + taps.shape[2]]
-        _, grad_taps, _ = torch.ops.aten.convolution_backward(
-            below(grad_parts), below(factor[parts]), taps, None,
-            stride=[1, 1], padding=[0, k // 2], dilation=[strips, 1], transposed=False, output_padding=[0, 0],
-            groups=1, output_mask=[False, True, False],
-        )  # fmt: skip
-        grad[to] = grad_taps.permute(2, 0, 1, 3)
-    grad[3::2] *= -1  # the sign in `_taps`
-    return grad
+def _mixing_gradient_of_strips(grad: Tensor, spectra: Tensor, weight: Tensor) -> Tensor:
+    """The gradient of the kernel's spectrum, of (strips,W,T,O) and (strips,W,T,I)."""
+    k, pairs = weight.shape[-1], grad.shape[2] // 2
+    kernel = weight.new_empty(pairs * 2 * grad.shape[3], 2 * spectra.shape[3], 1, k)  # its values are not read
+    arguments = [1, 1], [0, k // 2], [1, 1], False, [0, 0], pairs, [False, True, False]
+    return torch.ops.aten.convolution_backward(_as_image(grad), _as_image(spectra), kernel, None, *arguments)[1]
 
 
-def _adjoint(kernel: Tensor) -> Tensor:
-    """The spectrum (T,I,O,k) by which a gradient is multiplied, of a kernel's (T,O,I,k)."""
-    adjoint = kernel.transpose(1, 2).flip(-1)
-    adjoint[3::2] *= -1
-    return adjoint
+def _as_image(spectrum: Tensor) -> Tensor:
+    """(n,W,T,C) -> (1,T*C,n,W), a view in channels_last."""
+    return spectrum.flatten(2)[None].permute(0, 3, 1, 2)

@@ -58,7 +58,7 @@ class Kernels(TorchDispatchMode):
 def kernels_seen(monkeypatch):
     """Inside of this, tensors pretend to be on a GPU; nothing may mix devices."""
     monkeypatch.setattr(torch.autograd, "grad", gradients)
-    matrices = kernels.up_matrix, kernels.blur_matrix
+    matrices = kernels.up_matrix, kernels.blur_matrix, kernels.summing_matrix
     for kept in matrices:  # fake ones are of one mode alone
         kept.cache_clear()
     with FakeTensorMode(), Kernels() as seen:

@@ -119,7 +119,7 @@ def way(request, monkeypatch):
 
 def take(way, monkeypatch):
     def choose(weight, x, upsampled, stride):
-        return "direct" if way == "strips" and stride > 1 else way
+        return "direct" if way == "strips" and (stride > 1 or upsampled is not None) else way
 
     monkeypatch.setattr(kernels, "choose_way", choose)
 
@@ -407,7 +407,8 @@ def test_the_way_by_size_channels_and_precision(monkeypatch):
     monkeypatch.setattr(spectral, "cpu_features", lambda: [])
     assert way(256, 128) == way(256, 128, dtype=torch.bfloat16) == "tiles"
     assert way(256, 32) == way(256, 32, dtype=torch.bfloat16) == "strips"
-    assert way(128, 32, dtype=torch.bfloat16) == "direct"
+    assert way(128, 32, dtype=torch.bfloat16) == "strips"
+    assert way(64, 32, dtype=torch.bfloat16) == way(64, 32) == "direct"
     assert way(8, 128) == "direct"
     assert way(256, 4) == "direct"
     assert way(256, 32, k=3) == "direct"
@@ -463,41 +464,62 @@ def test_a_spectrum_is_the_fourier_transform_of_the_tiles():
     torch.testing.assert_close(spectrum[:, 1, :, 2:], expected.imag)
 
 
-@pytest.mark.parametrize("kind", ["input", "upsampled", "output"])
+@pytest.mark.parametrize("kind", ["input", "output"])
 def test_the_two_transforms_of_strips_are_adjoint(kind):
     torch.manual_seed(0)
-    by = spectral.strip_basis(kind, 7, torch.float64)
     x = torch.randn(2, 40, 20, 3, dtype=torch.float64)
-    spectrum = spectral.strips_to_spectrum(x, by, by.down)
-    assert_adjoint(x, spectrum, spectral.strips_from_spectrum, by)
+    assert_adjoint(x, strip_spectra(x, kind), from_strip_spectra, kind)
+
+
+def strip_spectra(x, kind):
+    """(T, strips, W*C), made in two parts."""
+    by = spectral.strip_basis(kind, 7, x.dtype)
+    strips = len(x) * by.count(x.shape[1])
+    parts = [(0, strips - 1), (strips - 1, 1)]
+    out = [x.new_empty(len(by.down), count, x[0, 0].numel()) for _, count in parts]
+    for part, (first, _) in zip(out, parts, strict=True):
+        spectral.rows_to_spectrum(x, by, part, first)
+    return torch.cat(out, 1)
+
+
+def from_strip_spectra(spectra, kind, out):
+    by, last = spectral.strip_basis(kind, 7, out.dtype), spectra.shape[1] - 1
+    spectral.rows_from_spectrum(spectra[:, :last], by, out)
+    return spectral.rows_from_spectrum(spectra[:, last:], by, out, last)
 
 
 def test_a_spectrum_is_the_fourier_transform_of_the_strips():
     torch.manual_seed(0)
     x = torch.randn(1, 64, 8, 2, dtype=torch.float64)
-    by = spectral.strip_basis("input", 7, torch.float64)
-    spectrum, factor = (spectral.strips_to_spectrum(x, by, matrix) for matrix in (by.down, by.factor))
+    spectrum = strip_spectra(x, "input").unflatten(2, (8, 2))
     assert spectrum.shape == (38, 2, 8, 2)
-    assert factor.shape == (56, 2, 8, 2)
     second_strip = F.pad(x, (0, 0, 0, 0, 3, 3))[0, 32:70]
     expected = torch.fft.rfft(second_strip, dim=0)
     torch.testing.assert_close(spectrum[:2, 1], expected.real[[0, 19]])
     torch.testing.assert_close(spectrum[2::2, 1], expected.real[1:19])
     torch.testing.assert_close(spectrum[3::2, 1], expected.imag[1:19])
-    torch.testing.assert_close(factor[2::3], spectrum[2::2])
-    torch.testing.assert_close(factor[4::3], -spectrum[2::2])
+
+
+def test_the_two_transforms_of_a_kernel_are_adjoint():
+    weight, blocks = random(5, 3, 7, 7).detach(), spectral.mixing_blocks(7, torch.float64)
+    spectrum = spectral.kernel_spectrum(weight, blocks)
+    assert spectrum.shape == (19 * 2 * 5, 2 * 3, 1, 7)
+    y = torch.randn_like(spectrum)
+    expected = (weight * spectral.kernel_from_spectrum(y, blocks)).sum()
+    torch.testing.assert_close((spectrum * y).sum(), expected)
 
 
 @pytest.mark.parametrize("k", [1, 3, 5, 7, 9])
 @pytest.mark.parametrize("size", [(32, 32), (64, 48), (40, 24), (20, 36)])
-def test_strips_of_any_number_and_height(k, size, monkeypatch):
+@pytest.mark.parametrize("strip_bytes", [1, 2**20])
+def test_strips_of_any_number_and_height(k, size, strip_bytes, monkeypatch):
+    """One after the other, and all at once."""
     take("strips", monkeypatch)
-    height, width = size
-    x, upsampled = random(2, 4, height, width), random(2, 3, height // 2, width // 2)
-    weight = random(5, 7, k, k)
-    y, expected = conv2d(weight, x, upsampled), kernels.plain_conv2d(weight, x, upsampled)
+    monkeypatch.setattr(spectral, "STRIP_BYTES", strip_bytes)
+    x, weight = random(2, 4, *size), random(5, 4, k, k)
+    y, expected = conv2d(weight, x), kernels.plain_conv2d(weight, x)
     torch.testing.assert_close(y, expected)
-    cotangent, sources = torch.randn_like(y), (weight, x, upsampled)
+    cotangent, sources = torch.randn_like(y), (weight, x)
     torch.testing.assert_close(
         torch.autograd.grad(y, sources, cotangent), torch.autograd.grad(expected, sources, cotangent)
     )
