@@ -579,7 +579,7 @@ def _by_strips(
     by, by_out = (strip_basis(kind, k, x.dtype) for kind in kinds)
     positions, strips = len(by.down), batch * -(-height // STRIP_ROWS)
     few = _few(positions * width * channels * x.itemsize, kernel.nbytes)
-    kernel = None if out is None else _packed(kernel, (1, positions * channels, few, width))
+    kernel = None if out is None else _packed(kernel, (few, positions * channels, 1, width))
     for first in range(0, strips, few):
         count = min(few, strips - first)
         spectrum = rows_to_spectrum(rows, by, rows.new_empty(positions, count, width * channels), first)
@@ -609,10 +609,10 @@ def _mix_pairs(spectrum: Tensor, kernel: Tensor) -> Tensor:
     positions, padding = spectrum.shape[2], (0, kernel.shape[-1] // 2)
     if kernel.is_mkldnn:
         arguments = padding, (1, 1), (1, 1), positions // 2, "none", [], ""
-        y = torch.ops.mkldnn._convolution_pointwise(_as_image(spectrum), kernel, None, *arguments)
+        y = torch.ops.mkldnn._convolution_pointwise(_as_images(spectrum), kernel, None, *arguments)
     else:
-        y = F.conv2d(_as_image(spectrum), kernel, padding=padding, groups=positions // 2)
-    return _channels_last(y)[0].unflatten(2, (positions, -1))
+        y = F.conv2d(_as_images(spectrum), kernel, padding=padding, groups=positions // 2)
+    return _channels_last(y)[:, 0].unflatten(2, (positions, -1))
 
 
 def _mixing_gradient_of_strips(grad: Tensor, spectra: Tensor, weight: Tensor) -> Tensor:
@@ -620,9 +620,9 @@ def _mixing_gradient_of_strips(grad: Tensor, spectra: Tensor, weight: Tensor) ->
     k, pairs = weight.shape[-1], grad.shape[2] // 2
     kernel = weight.new_empty(pairs * 2 * grad.shape[3], 2 * spectra.shape[3], 1, k)  # its values are not read
     arguments = [1, 1], [0, k // 2], [1, 1], False, [0, 0], pairs, [False, True, False]
-    return torch.ops.aten.convolution_backward(_as_image(grad), _as_image(spectra), kernel, None, *arguments)[1]
+    return torch.ops.aten.convolution_backward(_as_images(grad), _as_images(spectra), kernel, None, *arguments)[1]
 
 
-def _as_image(spectrum: Tensor) -> Tensor:
-    """(n,W,T,C) -> (1,T*C,n,W), a view in channels_last."""
-    return spectrum.flatten(2)[None].permute(0, 3, 1, 2)
+def _as_images(spectrum: Tensor) -> Tensor:
+    """(n,W,T,C) -> (n,T*C,1,W), a view in channels_last."""
+    return spectrum.flatten(2)[:, None].permute(0, 3, 1, 2)

@@ -39,6 +39,7 @@ LOG_INTERVAL_S = 30.0  # between lines of a progress bar that is written to a fi
 PATIENCE = timedelta(days=1)  # the other processes wait while one draws the figures
 NO_ENGINE = "unable to find an engine"  # cuDNN, where no workspace fits, and seldom else
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's mallopt
+FORDBLKS = 8  # place of the bytes that are free in its mallinfo2
 
 
 # ------------------------------------------------------------------------------------- errors
@@ -382,10 +383,29 @@ def keep_freed_memory() -> None:
     A large tensor would otherwise be made of fresh pages, and touching those takes several times as long
     as computing what is written to them.  Elsewhere than on Linux nothing happens.
     """
-    if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL("libc.so.6")
+    if (libc := _glibc()) is not None:
         libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
+
+
+def freed_memory() -> int:
+    """Bytes that glibc keeps of freed tensors, for the next ones; 0 where it does not say."""
+    libc = _glibc()
+    if not hasattr(libc, "mallinfo2"):  # before 2.33, or another library
+        return 0
+    libc.mallinfo2.restype = MallocInfo
+    return libc.mallinfo2().numbers[FORDBLKS]
+
+
+class MallocInfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [("numbers", ctypes.c_size_t * 10)]
+
+
+def _glibc() -> ctypes.CDLL | None:
+    is_there = platform.system() == "Linux" and platform.libc_ver()[0] == "glibc"
+    return ctypes.CDLL("libc.so.6") if is_there else None
 
 
 def start_on(gpu: str) -> torch.device:
@@ -398,7 +418,10 @@ def start_on(gpu: str) -> torch.device:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken: of the GPU, or of the machine and the process's memory limit."""
+    """Bytes that can still be taken: of the GPU, or of the machine and the process's memory limit.
+
+    What was freed, and is kept, counts.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -408,7 +431,7 @@ def free_memory(device: torch.device) -> int:
     if limit and used and limit[0].isdecimal():
         cached = [int(line.split()[1]) for line in lines if line.startswith("inactive_file ")]
         free.append(int(limit[0]) - int(used[0]) + sum(cached))
-    return max(0, min(free)) if free else 2**32  # a machine that does not say
+    return max(0, min(free)) + freed_memory() if free else 2**32  # a machine that does not say
 
 
 class Clock:

@@ -379,6 +379,7 @@ def test_free_memory_heeds_the_limit_of_a_container(monkeypatch):
         "/sys/fs/cgroup/memory.current": ["1000"],
     }
     monkeypatch.setattr(util, "_read_lines", lambda path: files.get(path, []))
+    monkeypatch.setattr(util, "freed_memory", lambda: 0)
     assert free_memory(CPU) == 50 * 1024
     files["/sys/fs/cgroup/memory.max"] = ["11000"]
     assert free_memory(CPU) == 10000
@@ -386,8 +387,19 @@ def test_free_memory_heeds_the_limit_of_a_container(monkeypatch):
     assert free_memory(CPU) == 10400
     files["/sys/fs/cgroup/memory.max"] = ["100"]
     assert free_memory(CPU) == 0
+    monkeypatch.setattr(util, "freed_memory", lambda: 7)  # what this process has anyway
+    assert free_memory(CPU) == 7
     files.clear()
     assert free_memory(CPU) == 2**32
+
+
+@pytest.mark.skipif(util.freed_memory() == 0, reason="glibc before 2.33, or another library")
+def test_the_memory_of_freed_tensors_is_kept_and_counted():
+    util.keep_freed_memory()
+    x = torch.ones(2**26)
+    before = util.freed_memory()
+    del x
+    assert util.freed_memory() > before + 2**27
 
 
 def test_the_clock_adds_up_its_parts():
