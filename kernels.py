@@ -146,21 +146,18 @@ class _ScaleAndShift(torch.autograd.Function):
         ctx.dims = mean if isinstance(mean, tuple) else None
         in_table = raw.dtype == torch.bfloat16 and not raw.is_cuda and "AMX" not in cpu_features()
 
-        def set_log_scale(into: Tensor, part: Tensor) -> None:
+        def log_scale(part: Tensor) -> Tensor:
             s0 = part[..., :channels]
-            if in_table:
-                into.copy_(_look_up(_log_scales(), s0))
-            else:
-                _log_scale_(into.copy_(s0))
+            return _look_up(_log_scales(), s0) if in_table else _log_scale_(s0.to(scale.dtype, copy=True))
 
         if ctx.dims == OF_PIXEL:
             mean = scale.new_empty(1, 1, *scale.shape[2:])
             for into, part, mean_part in _strips(scale, raw, mean):
-                set_log_scale(into, part)
-                _exp_(into.sub_(mean_part.copy_(_mean_of_rows(into, ctx.dims))))
+                b = log_scale(part)
+                _exp_(torch.sub(b, mean_part.copy_(_mean_of_rows(b, ctx.dims)), out=into))
         elif ctx.dims:  # of the whole map, so that exp(b - mean) takes a second pass
             for into, part in _strips(scale, raw):
-                set_log_scale(into, part)
+                into.copy_(log_scale(part))
             mean = _mean_of_rows(_pixel_rows(scale), ctx.dims).view(1, channels, 1, 1)
             for into, mean_part in _strips(scale, mean):
                 _exp_(into.sub_(mean_part))
@@ -250,7 +247,7 @@ class _AffineCoupling(torch.autograd.Function):
         ctx.save_for_backward(matrix, scale, x, shift)
         y = _empty_like(x)
         for into, scale_part, x_part, shift_part in _strips(y, scale, x, shift):
-            times_transposed(_scaled_and_shifted(scale_part, x_part, shift_part)[0], matrix, out=into[0])
+            torch.mm(_scaled_and_shifted(scale_part, x_part, shift_part)[0], matrix.T, out=into[0])
         return y
 
     @staticmethod

@@ -527,13 +527,15 @@ def convolution_bytes(
     channels, k = own + upsampled, config.kernel_size
     number_ = torch.empty((), dtype=dtype)
     weight = number_.expand(outputs, channels, k, k)
+    cast = (dtype != torch.float32) * weight.nbytes
     x = number_.expand(batch, own, height, width) if own else None
     small = number_.expand(batch, upsampled, height // 2, width // 2) if upsampled else None
     way = spectral.choose_way(weight, x, small, stride) if device.type == "cpu" else "direct"
     if way != "direct":
-        return spectral.memory_of(way, shape, inputs, outputs, k, dtype.itemsize)
+        kept, for_a_while = spectral.memory_of(way, shape, channels, outputs, k, dtype.itemsize)
+        return cast + kept, for_a_while
     folded = outputs * upsampled * (k + 1) ** 2 * dtype.itemsize  # the kernel for the upsampled map
-    return folded + (dtype != torch.float32) * weight.nbytes, weight.nbytes
+    return cast + folded, weight.nbytes
 
 
 # ------------------------------------------------------------------------------------------------ weights

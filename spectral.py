@@ -100,16 +100,16 @@ class _SameLayout(torch.autograd.Function):
 
 
 def memory_of(
-    way: str, shape: tuple[int, int, int], inputs: tuple[int, int], outputs: int, k: int, itemsize: int
+    way: str, shape: tuple[int, int, int], channels: int, outputs: int, k: int, itemsize: int
 ) -> tuple[int, int]:
     """What a convolution keeps beside the maps for its gradient, and what that takes for a while; bytes.
 
     Args:
         way: "tiles" or "strips".
         shape: (B,H,W) of the input.
-        inputs: channels of it, and channels that are upsampled from half the size.
+        channels: of it, upsampled ones too.
     """
-    (batch, height, width), channels = shape, sum(inputs)
+    batch, height, width = shape
     if way == "tiles":
         positions, down = TILE + k - 1, batch * -(-height // TILE)
         frequencies = positions // 2 + 1
@@ -120,10 +120,8 @@ def memory_of(
         return frequencies * spectrum * channels, for_a_while
     positions = STRIP_ROWS + k - 1
     spectrum = positions * batch * -(-height // STRIP_ROWS) * width * itemsize
-    kernel = positions * k * channels * outputs * itemsize
-    factor = spectrum * 3 // 2
-    kept = kernel + factor * (inputs[0] + inputs[1] // 2)
-    return kept, factor * outputs + spectrum * channels + 2 * kernel
+    kernel = 2 * positions * k * channels * outputs * itemsize
+    return spectrum * channels, spectrum * outputs + 3 * kernel
 
 
 def can_fuse(x: Tensor) -> bool:

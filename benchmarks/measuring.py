@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -131,6 +131,13 @@ def peak_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def storages_of(values: object) -> Iterator[torch.UntypedStorage]:
+    """Of all tensors in nested values; a kernel that oneDNN laid out in its own way has none."""
+    for x in tree_iter(values):
+        if isinstance(x, Tensor) and not x.is_mkldnn:
+            yield x.untyped_storage()
+
+
 class AllocationRecorder(TorchDispatchMode):
     """Counts the storage that operators return, from its creation to its release."""
 
@@ -142,9 +149,8 @@ class AllocationRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         results = function(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
-        storages = [x.untyped_storage() for x in tree_iter(results) if isinstance(x, Tensor)]
-        for storage in storages:
+        given = {storage._cdata for storage in storages_of((args, kwargs))}
+        for storage in list(storages_of(results)):
             if storage._cdata not in given | self._numbers.keys():
                 self._track(storage, self._count)
                 self._count += 1
