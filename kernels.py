@@ -30,7 +30,7 @@ MEMORY_FORMAT = torch.channels_last  # of every map from the image to the anomal
 CLAMP = 2.0  # of the log-scale
 BLUR = (1, 4, 6, 4, 1)  # taps of the pyramid's, to be divided by their sum
 ATAN_FACTOR = 0.636  # stands for 2 / pi in the official code
-OF_PIXEL, OF_CHANNEL = (0, 1), (0, 2, 3)  # dimensions of the mean that CVN and SVN take away
+OF_PIXEL, OF_CHANNEL = (0, 1), (0, 2, 3)  # dimensions of the means that CVN and SVN take away
 STRIP_ELEMENTS = 2**17  # per thread: a few float32 strips of this many fit a core's cache
 
 
@@ -215,7 +215,7 @@ def _log_scales() -> Tensor:
 
 @functools.lru_cache(maxsize=1)
 def _scales() -> Tensor:
-    """(65536,) exp(b) of these."""
+    """(65536,) exp(b) of every bfloat16, by its bits."""
     return _log_scales().exp()
 
 
@@ -247,7 +247,8 @@ class _AffineCoupling(torch.autograd.Function):
         ctx.save_for_backward(matrix, scale, x, shift)
         y = _empty_like(x)
         for into, scale_part, x_part, shift_part in _strips(y, scale, x, shift):
-            torch.mm(_scaled_and_shifted(scale_part, x_part, shift_part)[0], matrix.T, out=into[0])
+            mixed = _scaled_and_shifted(scale_part, x_part, shift_part)[0]
+            torch.mm(mixed, matrix.T, out=into[0])  # by MKL: oneDNN's product would have to be copied there
         return y
 
     @staticmethod
@@ -313,10 +314,10 @@ def _pixel_rows(x: Tensor) -> Tensor:
 
 
 def _mean_of_rows(rows: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Of rows (B,n,C) the mean over `dims` of their map: (1,n,1) or (1,1,C); one after the other: faster."""
+    """Of rows (B,n,C) the mean over `dims` of their map: (1,n,1) or (1,1,C)."""
     total = rows
     for dim in {OF_PIXEL: (2, 0), OF_CHANNEL: (0, 1)}[dims]:
-        total = total.sum(dim, keepdim=True)
+        total = total.sum(dim, keepdim=True)  # one after the other: faster
     return total.mul_(total.numel() / rows.numel())
 
 
@@ -467,10 +468,17 @@ def kernel_of_upsampled(weight: Tensor) -> Tensor:
     An input pixel stands for 2x2 pixels of the upsampled map, so the weights it meets add up; about a third
     of the work at k = 7.
     """
+    if torch.compiler.is_compiling():
+        return plain_kernel_of_upsampled(weight)
     o, i, k, _ = weight.shape
     taps = weight.permute(0, 2, 3, 1).reshape(o, k * k, i)
     summed = torch.matmul(summing_matrix(k, weight.dtype, weight.device), taps)
     return summed.view(o, k + 1, k + 1, i).permute(3, 0, 1, 2).contiguous(memory_format=MEMORY_FORMAT)
+
+
+def plain_kernel_of_upsampled(weight: Tensor) -> Tensor:
+    summed = 4 * F.avg_pool2d(weight, 2, stride=1, padding=1)
+    return summed.flip(-2, -1).transpose(0, 1).contiguous(memory_format=MEMORY_FORMAT)
 
 
 @functools.lru_cache(maxsize=64)

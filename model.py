@@ -395,7 +395,7 @@ class VolumeNorm(nn.Module):
 
     def __init__(self, kind: str, channels: int, size: tuple[int, int]):
         super().__init__()
-        self.dims = {"CVN": (0, 1), "SVN": (0, 2, 3), "none": None}[kind]
+        self.dims = {"CVN": kernels.OF_PIXEL, "SVN": kernels.OF_CHANNEL, "none": None}[kind]
         shape = {"CVN": (1, 1, *size), "SVN": (1, channels, 1, 1), "none": None}[kind]
         self.register_buffer("running_mean", None if shape is None else torch.zeros(shape))
 

@@ -37,7 +37,7 @@ TILE_MIXING = 6.6  # per output, input and output channel
 TILE_TRANSFORMS, STRIP_TRANSFORMS = 550, 145  # per output and channel on either side
 AMX_STRIP_TRANSFORMS = 600  # where AMX makes products fast, moving the maps takes longer than they
 TILE_KERNEL, STRIP_KERNEL = 100_000, 280_000  # a kernel's transform, per input and output channel
-STRIP = 20_000_000  # per strip, however narrow
+EACH_STRIP = 20_000_000  # however narrow
 BFLOAT16_WORTH = {"direct": 1.0, "tiles": 1.5, "strips": 1.25}  # times faster it has to be, as it rounds more
 
 
@@ -63,7 +63,7 @@ def choose_way(weight: Tensor, x: Tensor | None, upsampled: Tensor | None, strid
     if stride > 1 or other:
         del times["strips"]
     else:
-        times["strips"] += outputs / (STRIP_ROWS * x.shape[-1]) * STRIP
+        times["strips"] += outputs / (STRIP_ROWS * x.shape[-1]) * EACH_STRIP
     if weight.dtype == torch.bfloat16:
         times = {way: time * BFLOAT16_WORTH[way] for way, time in times.items()}
     return min(times, key=times.get)
@@ -234,9 +234,9 @@ def rows_to_spectrum(x: Tensor, by: Basis, out: Tensor, first: int = 0) -> Tenso
 
 
 def rows_from_spectrum(spectrum: Tensor, by: Basis, out: Tensor, first: int = 0) -> Tensor:
-    """(P,n,W*C) -> `out` (B,H,W,C), contiguous, where the pieces before are; pieces that overlap add up.
+    """(P,n,W*C) -> n pieces of `out` (B,H,W,C), contiguous, which holds those before the `first`; the adjoint.
 
-    The adjoint of `rows_to_spectrum`.
+    Pieces that overlap add up.
     """
     rows = out.view(-1, spectrum.shape[-1])
     for n, transformed in enumerate(spectrum.unbind(1)):
@@ -474,7 +474,7 @@ def _mixing_gradient(grad: Tensor, spectrum: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------ strips
 #
 # Of a map (B,H,W,C) the spectrum of n strips is (n,W,T,C), real, with T = 31 + k: frequencies 0 and T/2, and then
-# the real and the imaginary part of each one between.  That are T/2 pairs of 2C channels, which mix among
+# the real and the imaginary part of each one between.  These are T/2 pairs, of 2C channels each, which mix among
 # themselves: the product with a kernel's spectrum is a convolution along the rows in T/2 groups.  A few strips at
 # a time are transformed, mixed and transformed back, while the processor's cache holds them.
 
@@ -509,7 +509,7 @@ def mixing_blocks(k: int, dtype: torch.dtype) -> Tensor:
     """
     spectrum = fourier_matrix(STRIP_ROWS + k - 1, k)
     blocks = spectrum.new_zeros(len(spectrum) // 2, 2, 2, k)
-    blocks[0, 0, 0], blocks[0, 1, 1] = spectrum[:2]  # the first pair are two real numbers
+    blocks[0, 0, 0], blocks[0, 1, 1] = spectrum[:2]  # the first pair is of two real numbers
     blocks[1:, 0, 0] = blocks[1:, 1, 1] = spectrum[2::2]
     blocks[1:, 0, 1], blocks[1:, 1, 0] = spectrum[3::2], -spectrum[3::2]
     return blocks.to(torch.promote_types(dtype, torch.float32))
@@ -523,7 +523,7 @@ class _StripConvolution(torch.autograd.Function):
         k = weight.shape[-1]
         y = _new_map(x, (len(x), len(weight), *x.shape[2:]))
         spectra = _room_for_spectra(x, k) if ctx.needs_input_grad[1] else None
-        _by_strips(x, ("input", "output"), kernel_spectrum(weight, mixing_blocks(k, x.dtype)), y, spectra)
+        _by_strips(x, ("input", "output"), k, spectra, kernel_spectrum(weight, mixing_blocks(k, x.dtype)), y)
         ctx.shape = x.shape
         ctx.save_for_backward(weight, spectra)
         return y
@@ -532,15 +532,16 @@ class _StripConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         weight, spectra = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
-        blocks = mixing_blocks(weight.shape[-1], weight.dtype)
-        adjoint = kernel_spectrum(weight.transpose(0, 1).flip(-1), blocks.transpose(1, 2))
-        grad_x = _new_map(grad, ctx.shape) if ctx.needs_input_grad[0] else None
-        grad_spectra = _room_for_spectra(grad, weight.shape[-1]) if ctx.needs_input_grad[1] else None
-        _by_strips(grad, ("output", "input"), adjoint, grad_x, grad_spectra)
+        k, blocks, back = weight.shape[-1], mixing_blocks(weight.shape[-1], weight.dtype), []
+        if ctx.needs_input_grad[0]:
+            adjoint = kernel_spectrum(weight.transpose(0, 1).flip(-1), blocks.transpose(1, 2))
+            back = [adjoint, _new_map(grad, ctx.shape)]
+        grad_spectra = _room_for_spectra(grad, k) if ctx.needs_input_grad[1] else None
+        _by_strips(grad, ("output", "input"), k, grad_spectra, *back)
         grad_weight = None
         if grad_spectra is not None:
             grad_weight = kernel_from_spectrum(_mixing_gradient_of_strips(grad_spectra, spectra, weight), blocks)
-        return grad_x, grad_weight
+        return back[1] if back else None, grad_weight
 
 
 def kernel_spectrum(weight: Tensor, blocks: Tensor) -> Tensor:
@@ -569,29 +570,30 @@ def _room_for_spectra(x: Tensor, k: int) -> Tensor:
 
 
 def _by_strips(
-    x: Tensor, kinds: tuple[str, str], kernel: Tensor, out: Tensor | None, spectra: Tensor | None
-) -> None:
-    """A map (B,C,H,W): its strips' spectra, into `spectra`; these, mixed and transformed back, into `out`."""
-    k, rows = kernel.shape[-1], _channels_last(x).contiguous()
-    batch, height, width, channels = rows.shape
+    x: Tensor, kinds: tuple[str, str], k: int, spectra: Tensor | None,
+    kernel: Tensor | None = None, out: Tensor | None = None,
+) -> None:  # fmt: skip
+    """A map (B,C,H,W): its strips' spectra, into `spectra`; these, mixed and transformed back, into `out`.
+
+    Either may be None.
+    """
     by, by_out = (strip_basis(kind, k, x.dtype) for kind in kinds)
+    rows, out = _channels_last(x).contiguous(), None if out is None else _channels_last(out)
+    batch, height, width, channels = rows.shape
     positions, strips = len(by.down), batch * -(-height // STRIP_ROWS)
-    few = _few(positions * width * channels * x.itemsize, kernel.nbytes)
-    kernel = None if out is None else _packed(kernel, (few, positions * channels, 1, width))
+    # As many at a time as the cache holds; more if the kernel is large, as each time all of it is read.
+    most = max(STRIP_BYTES * torch.get_num_threads(), 0 if kernel is None else kernel.nbytes // 2)
+    few = min(strips, max(1, most // (positions * width * channels * x.itemsize)))
+    if kernel is not None:
+        kernel = _packed(kernel, (few, positions * channels, 1, width))
     for first in range(0, strips, few):
         count = min(few, strips - first)
         spectrum = rows_to_spectrum(rows, by, rows.new_empty(positions, count, width * channels), first)
         spectrum = spectrum.unflatten(2, (width, channels)).permute(1, 2, 0, 3)
         spectrum = spectrum.contiguous() if spectra is None else spectra[first : first + count].copy_(spectrum)
         if out is not None:
-            product = _mix_pairs(spectrum, kernel).permute(2, 0, 1, 3).flatten(2)  # (T,n,W*C)
-            rows_from_spectrum(product, by_out, _channels_last(out), first)
-
-
-def _few(of_spectrum: int, of_kernel: int) -> int:
-    """Of how many strips the cache holds the spectra, which take so many bytes each; or more, if the kernel, which
-    is read for each few, takes many."""
-    return max(1, max(STRIP_BYTES * torch.get_num_threads(), of_kernel // 2) // of_spectrum)
+            product = _mix_pairs(spectrum, kernel).permute(2, 0, 1, 3).flatten(2)  # (T,n,W*O)
+            rows_from_spectrum(product, by_out, out, first)
 
 
 def _packed(kernel: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -610,6 +612,7 @@ def _mix_pairs(spectrum: Tensor, kernel: Tensor) -> Tensor:
         y = torch.ops.mkldnn._convolution_pointwise(_as_images(spectrum), kernel, None, *arguments)
     else:
         y = F.conv2d(_as_images(spectrum), kernel, padding=padding, groups=positions // 2)
+        y = y.to(spectrum.dtype)  # where autocast chose another one
     return _channels_last(y)[:, 0].unflatten(2, (positions, -1))
 
 

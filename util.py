@@ -39,7 +39,7 @@ LOG_INTERVAL_S = 30.0  # between lines of a progress bar that is written to a fi
 PATIENCE = timedelta(days=1)  # the other processes wait while one draws the figures
 NO_ENGINE = "unable to find an engine"  # cuDNN, where no workspace fits, and seldom else
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of glibc's mallopt
-FORDBLKS = 8  # place of the bytes that are free in its mallinfo2
+UORDBLKS, FORDBLKS = 7, 8  # places of the bytes in use, and that are free, in its mallinfo2
 
 
 # ------------------------------------------------------------------------------------- errors
@@ -389,12 +389,17 @@ def keep_freed_memory() -> None:
 
 
 def freed_memory() -> int:
-    """Bytes that glibc keeps of freed tensors, for the next ones; 0 where it does not say."""
-    libc = _glibc()
-    if not hasattr(libc, "mallinfo2"):  # before 2.33, or another library
+    """Bytes that glibc keeps of freed tensors, for the next ones; 0 where it does not say.
+
+    Not those that were never written to, which the system counts as available.
+    """
+    libc, statistics = _glibc(), _read_lines("/proc/self/statm")
+    if libc is None or not statistics or not hasattr(libc, "mallinfo2"):  # glibc has it from 2.33 on
         return 0
     libc.mallinfo2.restype = MallocInfo
-    return libc.mallinfo2().numbers[FORDBLKS]
+    numbers = libc.mallinfo2().numbers
+    resident = int(statistics[0].split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return max(0, min(numbers[FORDBLKS], resident - numbers[UORDBLKS]))
 
 
 class MallocInfo(ctypes.Structure):
@@ -403,6 +408,7 @@ class MallocInfo(ctypes.Structure):
     _fields_ = [("numbers", ctypes.c_size_t * 10)]
 
 
+@functools.cache
 def _glibc() -> ctypes.CDLL | None:
     is_there = platform.system() == "Linux" and platform.libc_ver()[0] == "glibc"
     return ctypes.CDLL("libc.so.6") if is_there else None

@@ -139,7 +139,10 @@ def storages_of(values: object) -> Iterator[torch.UntypedStorage]:
 
 
 class AllocationRecorder(TorchDispatchMode):
-    """Counts the storage that operators return, from its creation to its release."""
+    """Counts the storage that operators return, from its creation to its release.
+
+    Kernels that oneDNN laid out in its own way, for the time of one convolution, are not counted.
+    """
 
     def __enter__(self):
         self._events: list[tuple[int, int]] = []  # (storage number, +bytes or -bytes)
@@ -150,7 +153,7 @@ class AllocationRecorder(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         results = function(*args, **(kwargs or {}))
         given = {storage._cdata for storage in storages_of((args, kwargs))}
-        for storage in list(storages_of(results)):
+        for storage in storages_of(results):
             if storage._cdata not in given | self._numbers.keys():
                 self._track(storage, self._count)
                 self._count += 1

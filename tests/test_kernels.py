@@ -34,7 +34,7 @@ def cases():
     yield "affine_coupling", (matrix, scale, x, shift)
     yield "undo_affine_coupling", (matrix, x, shift, scale)
     running_means = (random(1, 1, 10, 7).detach(), random(1, 3, 1, 1).detach(), torch.zeros(1, 1, 1, 1))
-    for mean in ((0, 1), (0, 2, 3), *running_means):
+    for mean in (kernels.OF_PIXEL, kernels.OF_CHANNEL, *running_means):
         yield "scale_and_shift", (random(2, 6, 10, 7), mean)
     yield "every_second_pixel", (random(2, 3, 6, 4),)
     yield "pairs", (random(2, 3, 6, 5),)
@@ -49,6 +49,8 @@ def cases():
         upsampled = None if source == "map" else random(2, 2, h // 2, w // 2)
         channels = {"map": 3, "upsampled": 2, "both": 5}[source]
         yield "conv2d", (random(4, channels, k, k), x, upsampled, *ending)
+    for k in (1, 3, 7):
+        yield "kernel_of_upsampled", (random(4, 3, k, k),)
     for mode in (True, False):
         yield "normalized_conv", (random(2, 3, 6, 5), *conv_and_norm(3, mode), random(2, 4, 6, 5))
 
@@ -511,15 +513,31 @@ def test_the_two_transforms_of_a_kernel_are_adjoint():
 
 @pytest.mark.parametrize("k", [1, 3, 5, 7, 9])
 @pytest.mark.parametrize("size", [(32, 32), (64, 48), (40, 24), (20, 36)])
-@pytest.mark.parametrize("strip_bytes", [1, 2**20])
-def test_strips_of_any_number_and_height(k, size, strip_bytes, monkeypatch):
-    """One after the other, and all at once."""
+@pytest.mark.parametrize("strips_at_once", [1, 3, 50])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str
+)
+def test_strips_of_any_number_and_height(k, size, strips_at_once, dtype, tolerance, monkeypatch):
+    """A few at a time, the last ones fewer; in float32 and bfloat16 as oneDNN lays out their kernels."""
     take("strips", monkeypatch)
-    monkeypatch.setattr(spectral, "STRIP_BYTES", strip_bytes)
-    x, weight = random(2, 4, *size), random(5, 4, k, k)
-    y, expected = conv2d(weight, x), kernels.plain_conv2d(weight, x)
-    torch.testing.assert_close(y, expected)
-    cotangent, sources = torch.randn_like(y), (weight, x)
-    torch.testing.assert_close(
-        torch.autograd.grad(y, sources, cotangent), torch.autograd.grad(expected, sources, cotangent)
-    )
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(spectral, "STRIP_BYTES", strips_at_once * (31 + k) * size[1] * 4 * dtype.itemsize)
+    exact = random(5, 4, k, k), random(2, 4, *size)
+    expected = kernels.plain_conv2d(*exact)
+    cotangent = torch.randn_like(expected)
+    wanted = expected, *torch.autograd.grad(expected, exact, cotangent)
+    rounded = [x.detach().to(dtype).requires_grad_() for x in exact]
+    y = conv2d(*rounded)
+    found = y, *torch.autograd.grad(y, rounded, cotangent.to(dtype))
+    for x, reference in zip(found, wanted, strict=True):
+        assert (x - reference).norm() < tolerance * reference.norm()
+
+
+@pytest.mark.parametrize("way", spectral.WAYS)
+def test_every_way_works_under_autocast(way, monkeypatch):
+    take(way, monkeypatch)
+    x, weight = random(1, 4, 40, 32).float(), random(4, 4, 7, 7).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv2d(weight, x)
+    reference = F.conv2d(x, weight, padding=3)
+    assert (y - reference).norm() < 0.05 * reference.norm()

@@ -395,7 +395,7 @@ def test_free_memory_heeds_the_limit_of_a_container(monkeypatch):
 
 @pytest.mark.skipif(util.freed_memory() == 0, reason="glibc before 2.33, or another library")
 def test_the_memory_of_freed_tensors_is_kept_and_counted():
-    """In a process of its own: in one that ran much, glibc may have lost the place where it keeps memory."""
+    """In a process of its own: in one that has run for long, glibc may take a large tensor from the system."""
     program = """
 import torch, util
 util.keep_freed_memory()
