@@ -247,8 +247,7 @@ class _AffineCoupling(torch.autograd.Function):
         ctx.save_for_backward(matrix, scale, x, shift)
         y = _empty_like(x)
         for into, scale_part, x_part, shift_part in _strips(y, scale, x, shift):
-            mixed = _scaled_and_shifted(scale_part, x_part, shift_part)[0]
-            torch.mm(mixed, matrix.T, out=into[0])  # by MKL: oneDNN's product would have to be copied there
+            times_transposed(_scaled_and_shifted(scale_part, x_part, shift_part)[0], matrix, out=into[0])
         return y
 
     @staticmethod
