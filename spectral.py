@@ -532,16 +532,18 @@ class _StripConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         weight, spectra = ctx.saved_tensors  # once: torch.utils.checkpoint gives them no second time
-        k, blocks, back = weight.shape[-1], mixing_blocks(weight.shape[-1], weight.dtype), []
-        if ctx.needs_input_grad[0]:
-            adjoint = kernel_spectrum(weight.transpose(0, 1).flip(-1), blocks.transpose(1, 2))
-            back = [adjoint, _new_map(grad, ctx.shape)]
+        k, blocks = weight.shape[-1], mixing_blocks(weight.shape[-1], weight.dtype)
+        grad_x = _new_map(grad, ctx.shape) if ctx.needs_input_grad[0] else None
         grad_spectra = _room_for_spectra(grad, k) if ctx.needs_input_grad[1] else None
-        _by_strips(grad, ("output", "input"), k, grad_spectra, *back)
+        _by_strips(
+            grad, ("output", "input"), k, grad_spectra,
+            None if grad_x is None else kernel_spectrum(weight.transpose(0, 1).flip(-1), blocks.transpose(1, 2)),
+            grad_x,
+        )  # fmt: skip
         grad_weight = None
         if grad_spectra is not None:
             grad_weight = kernel_from_spectrum(_mixing_gradient_of_strips(grad_spectra, spectra, weight), blocks)
-        return back[1] if back else None, grad_weight
+        return grad_x, grad_weight
 
 
 def kernel_spectrum(weight: Tensor, blocks: Tensor) -> Tensor:
@@ -580,7 +582,7 @@ def _by_strips(
     by, by_out = (strip_basis(kind, k, x.dtype) for kind in kinds)
     rows, out = _channels_last(x).contiguous(), None if out is None else _channels_last(out)
     batch, height, width, channels = rows.shape
-    positions, strips = len(by.down), batch * -(-height // STRIP_ROWS)
+    positions, strips = len(by.down), batch * by.count(height)
     # As many at a time as the cache holds; more if the kernel is large, as each time all of it is read.
     most = max(STRIP_BYTES * torch.get_num_threads(), 0 if kernel is None else kernel.nbytes // 2)
     few = min(strips, max(1, most // (positions * width * channels * x.itemsize)))
